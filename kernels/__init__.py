@@ -1,0 +1,83 @@
+"""The back ends: four implementations of the same five verbs, one of them the definition.
+
+`reference` is the truth (float64, NumPy, a page); `native_cpu` is what a scan runs; `torch_fallback` runs wherever
+torch runs; `triton_gpu` runs on a GPU, or interpreted for tests. Modules are imported when they are asked for, so that
+a native scan imports neither NumPy nor torch. "Add a backend" is described in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from llmfp.errors import BackendError
+from llmfp.marginals import Buffer, Chunk, Marginals, Moments
+
+BACKENDS = ("native_cpu", "torch_fallback", "triton_gpu", "reference")
+"""Every back end, best first for `auto` on a machine without a GPU."""
+
+
+class Backend(Protocol):
+    """What the engine needs of a back end. All arrays are as described in llmfp.marginals."""
+
+    name: str
+    dtypes: frozenset[str]
+    """Stored dtypes this back end reduces, by their safetensors names."""
+    library_bytes: int
+    """Resident bytes that importing this back end's libraries costs; counted against the memory budget."""
+    scratch_per_element: int
+    """Bytes of temporary memory `marginals` needs per element of one unit."""
+    guards_mapped_pages: bool
+    """Whether `marginals` survives (OSError) a mapped file that shrinks under it; otherwise chunks are copied first."""
+
+    def why_unavailable(self) -> str | None:
+        """None when usable here, else the reason in a few words."""
+
+    def describe(self) -> str:
+        """The variant in use, for `run.simd`: a SIMD level, a device."""
+
+    def marginals(self, chunk: Chunk) -> Marginals:
+        """Row and column statistics of every unit of the chunk; each stored byte is read from memory once."""
+
+    def merge(self, parts: Sequence[Marginals]) -> Marginals:
+        """Consecutive parts as one: rows concatenated, columns folded left to right, unit by unit (Chan 1979)."""
+
+    def pool(self, moments: Moments, count: int, block: int) -> Moments:
+        """Each run of `block` consecutive entries, of `count` elements each, as one; `block` divides their number."""
+
+    def log_rms(
+        self,
+        moments: Moments,
+        count: int,
+        weight: Buffer | None = None,
+        cross: Buffer | None = None,
+        centre_square: float = 0.0,
+    ) -> Buffer:
+        """float16 log RMS of every entry of one axis: the effective residual profile.
+
+        moments are those of `count` plain elements each; with w = weight (1 without) and q = mean^2 + m2 / count:
+        ½·log(w²·q) plain, or, where a LayerNorm centres (cross given), ½·log(w²·q - 2·w·cross/count + centre_square).
+        """
+
+
+def load(name: str) -> Backend:
+    """The back end of that name, usable or not. Raises BackendError for a name that does not exist."""
+    if name not in BACKENDS:
+        raise BackendError(f"no back end named {name!r}", hint=f"choose one of {', '.join(BACKENDS)}")
+    backend: Backend = importlib.import_module(f"llmfp.kernels.{name}").BACKEND
+    return backend
+
+
+def select(name: str = "auto") -> Backend:
+    """The usable back end to run: the named one, or the first of BACKENDS that can run here."""
+    if name != "auto":
+        backend = load(name)
+        if reason := backend.why_unavailable():
+            raise BackendError(f"back end {name} cannot run here: {reason}", hint="llmfp-fast backends lists them all")
+        return backend
+    for candidate in ("native_cpu", "reference"):
+        backend = load(candidate)
+        if backend.why_unavailable() is None:
+            return backend
+    raise BackendError("no back end can run here", hint="llmfp-fast backends says why for each")
