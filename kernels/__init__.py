@@ -37,6 +37,9 @@ class Backend(Protocol):
     def describe(self) -> str:
         """The variant in use, for `run.simd`: a SIMD level, a device."""
 
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that compute, for `run.versions`."""
+
     def marginals(self, chunk: Chunk) -> Marginals:
         """Row and column statistics of every unit of the chunk; each stored byte is read from memory once."""
 

@@ -90,7 +90,10 @@ class Reference:
         return None
 
     def describe(self) -> str:
-        return f"numpy {np.__version__}"
+        return "numpy"
+
+    def versions(self) -> dict[str, str]:
+        return {"numpy": np.__version__}
 
     def marginals(self, chunk: Chunk) -> Marginals:
         stored = decode(chunk)

@@ -1,0 +1,162 @@
+"""The whole story on one screen: open, match, plan, read, reduce, keep."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from llmfp import __version__, engine
+from llmfp import fingerprint as fingerprints
+from llmfp.architecture import AttentionMap, match
+from llmfp.architecture.specs import ROLES
+from llmfp.checkpoint import Checkpoint, open_checkpoint
+from llmfp.fingerprint import Fingerprint, TowerFingerprint
+from llmfp.kernels import Backend, select
+from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
+from llmfp.reader import Reader, open_reader
+
+
+def scan(
+    source: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    reader: str = "auto",
+    threads: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY,
+    progress: engine.Progress | None = None,
+) -> Fingerprint:
+    """The fingerprint of a checkpoint: a directory, a .safetensors file, or a saved fingerprint, which is loaded.
+
+    backend       auto, native_cpu, torch_fallback, triton_gpu or reference
+    reader        auto, mmap or pread; changes no bit of the result
+    threads       as many as there are cores when None; changes no bit of the result
+    memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
+    progress      called about ten times a second with (bytes done, bytes in all)
+
+    Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
+    """
+    path = Path(source)
+    if fingerprints.is_fingerprint(path):
+        return fingerprints.load(path)
+    start = time.perf_counter()
+    checkpoint, attention, chosen, opened = _open(path, backend, reader)
+    try:
+        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+        result = engine.run(plan_, chosen, opened, progress)
+    finally:
+        opened.close()
+    return _fingerprint(plan_, result, chosen, opened, time.perf_counter() - start)
+
+
+def plan(
+    source: str | os.PathLike[str],
+    *,
+    backend: str = "auto",
+    reader: str = "auto",
+    threads: int | None = None,
+    memory_bytes: int = DEFAULT_MEMORY,
+) -> Plan:
+    """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
+    checkpoint, attention, chosen, opened = _open(Path(source), backend, reader)
+    opened.close()
+    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+
+
+def load(path: str | os.PathLike[str]) -> Fingerprint:
+    """A fingerprint saved by `Fingerprint.save` or `llmfp-fast scan --out`."""
+    return fingerprints.load(path)
+
+
+def _open(path: Path, backend: str, reader: str) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
+    checkpoint = open_checkpoint(path)
+    attention = match(checkpoint)
+    chosen = select(backend)
+    return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen)
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    attention: AttentionMap,
+    backend: Backend,
+    reader: Reader,
+    threads: int | None,
+    memory_bytes: int,
+) -> Plan:
+    return make_plan(
+        checkpoint,
+        attention,
+        backend,
+        threads=threads,
+        min_threads=reader.min_threads,
+        step_bytes=reader.step_bytes,
+        memory_bytes=memory_bytes,
+    )
+
+
+def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Reader, seconds: float) -> Fingerprint:
+    towers = {}
+    for tower in plan.attention.towers:
+        layers = tower.layers
+        columns: defaultdict[str, list[engine.Statistics | None]] = defaultdict(list)
+        for role in ROLES:
+            columns[role.value] = [result.statistics.get((tower.name, layer, role.value)) for layer in layers]
+        towers[tower.name] = TowerFingerprint(
+            layers,
+            tower.heads,
+            tower.kv_heads,
+            tower.head_dim,
+            tower.hidden_size,
+            {role: tuple(column) for role, column in columns.items()},
+        )
+    checkpoint = plan.checkpoint
+    return Fingerprint(
+        architecture=plan.attention.family,
+        towers=towers,
+        source=_source(checkpoint),
+        run={
+            "backend": backend.name,
+            "simd": backend.describe(),
+            "reader": reader.name,
+            "seconds": seconds,
+            "bytes_read": plan.total_bytes,
+            "bytes_total": sum(shard.nbytes for shard in checkpoint.shards),
+            "second_read_bytes": plan.second_read_bytes,
+            "peak_rss_bytes": _peak_rss_bytes(),
+            "threads": plan.threads,
+            "memory_budget_bytes": plan.memory_bytes,
+            "versions": {"llmfp": __version__, "python": sys.version.split()[0], **backend.versions()},
+        },
+        skipped=tuple(plan.skipped),
+        caveats=(*checkpoint.caveats, *plan.attention.caveats, *result.caveats),
+        digest=result.digest,
+    )
+
+
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Provenance. Names only: a path would tell strangers about the machine."""
+    return {
+        "name": checkpoint.path.absolute().name,
+        "revision": checkpoint.revision,
+        "model_type": checkpoint.config.get("model_type"),
+        "files": [
+            {"name": shard.path.name, "bytes": shard.nbytes, "sha256": shard.sha256} for shard in checkpoint.shards
+        ],
+    }
+
+
+def _peak_rss_bytes() -> int:
+    """Peak resident set of this process image; getrusage would also count the parent's, before exec."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

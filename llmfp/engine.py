@@ -1,0 +1,358 @@
+"""The streaming pass: steps in, statistics out, under the plan's memory budget.
+
+Threads take the plan's steps in order. Each reads one, reduces it to row and column statistics and hands those to the
+step's task, which merges them in row order whatever order they arrive in. When the last task of a layer is done, the
+layer's statistics go into the digest and the memory back. Nothing here depends on which thread was faster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmfp.architecture import NormGain, Projection
+from llmfp.architecture.specs import ROLES
+from llmfp.encoding import decode_gain
+from llmfp.errors import CheckpointError, LlmfpError
+from llmfp.kernels import Backend
+from llmfp.marginals import Buffer, Chunk, Marginals, Moments
+from llmfp.plan import Plan, Step, Task
+from llmfp.reader import Reader
+
+Progress = Callable[[int, int], None]
+"""Called about ten times a second with (bytes reduced, bytes in all)."""
+
+_LOOK_AHEAD_BYTES = 32 << 20
+_PROGRESS_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """What is kept of one projection. mean and std are NaN when a value is not finite.
+
+    head_std  float64[heads], population std of each head's weights; None when the head size is unknown
+    residual  float16[hidden], log RMS of the effective weights along each residual coordinate
+    """
+
+    count: int
+    mean: float
+    std: float
+    abs_max: float
+    nonfinite: int
+    head_std: Buffer | None
+    residual: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All statistics by (tower, layer, role), the digest over all marginals, and what should be said with them."""
+
+    statistics: Mapping[tuple[str, int, str], Statistics]
+    digest: str
+    caveats: tuple[str, ...]
+
+
+def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None = None) -> Result:
+    """Reads and reduces everything in the plan.
+
+    Raises CheckpointError when a file cannot be read to the end or changes under way, and whatever interrupts the
+    calling thread, after all workers have stopped.
+    """
+    scan = _Scan(plan, backend, reader)
+    workers = [threading.Thread(target=scan.work, name=f"scan-{n}", daemon=True) for n in range(plan.threads)]
+    try:
+        for worker in workers:
+            worker.start()
+        while not scan.finished.wait(_PROGRESS_SECONDS):
+            if progress is not None:
+                progress(scan.bytes_done, plan.step_bytes)
+    finally:
+        scan.stop = True
+        for worker in workers:
+            worker.join()
+    if scan.error is not None:
+        raise scan.error
+    if progress is not None:
+        progress(plan.step_bytes, plan.step_bytes)
+    return scan.result()
+
+
+class _Scan:
+    """The state that workers share. `lock` guards everything but the arithmetic."""
+
+    def __init__(self, plan: Plan, backend: Backend, reader: Reader) -> None:
+        self.plan, self.backend, self.reader = plan, backend, reader
+        self.lock = threading.Lock()
+        self.finished = threading.Event()
+        self.stop = False
+        self.error: BaseException | None = None
+        self.bytes_done = 0
+        self._next = 0
+        self._workers_left = plan.threads
+        self._ahead = 0
+        self._ahead_bytes = 0
+        steps = Counter((step.task, step.second) for step in plan.steps)
+        self._passes = {key: _Pass(backend, count) for key, count in steps.items()}
+        self._order = self._positions(plan.steps)
+        self._gains: dict[NormGain, Buffer | None] = {}
+        self._caveats: dict[str, None] = {}
+        self._statistics: dict[tuple[str, int, str], Statistics] = {}
+        self._ledger = _Ledger(plan.tasks)
+
+    @staticmethod
+    def _positions(steps: Sequence[Step]) -> list[int]:
+        """Each step's number within its task's pass."""
+        seen: Counter[tuple[int, bool]] = Counter()
+        positions = []
+        for step in steps:
+            positions.append(seen[step.task, step.second])
+            seen[step.task, step.second] += 1
+        return positions
+
+    def work(self) -> None:
+        """Takes steps until there are none. The first error of any worker stops them all."""
+        try:
+            while (number := self._take()) is not None:
+                self._do(number)
+        except BaseException as error:  # handed to the calling thread, whatever it is
+            with self.lock:
+                self.error = self.error or error
+            self.stop = True
+            for each in self._passes.values():
+                each.done.set()
+        finally:
+            with self.lock:
+                self._workers_left -= 1
+                last = self._workers_left == 0
+            if last or self.error is not None:
+                self.finished.set()
+
+    def result(self) -> Result:
+        return Result(self._statistics, self._ledger.digest(), tuple(self._caveats))
+
+    def _take(self) -> int | None:
+        with self.lock:
+            number = self._next
+            if self.stop or number == len(self.plan.steps):
+                return None
+            self._next += 1
+            ahead = []
+            self._ahead_bytes -= self.plan.steps[number].nbytes
+            while self._ahead < len(self.plan.steps) and self._ahead_bytes < _LOOK_AHEAD_BYTES:
+                ahead.append(self.plan.steps[self._ahead])
+                self._ahead_bytes += ahead[-1].nbytes
+                self._ahead += 1
+        for step in ahead:
+            self.reader.ahead(step)
+        return number
+
+    def _do(self, number: int) -> None:
+        step = self.plan.steps[number]
+        task = self.plan.tasks[step.task]
+        first = self._passes[step.task, False]
+        if step.second:
+            first.done.wait()
+            if self.stop:
+                return
+        try:
+            data, position = self.reader.read(step)
+            parts = [
+                self.backend.marginals(self._chunk(task, projection, step, data, position, first))
+                for projection in task.projections
+            ]
+            del data
+            self.reader.release(step)
+        except OSError as error:
+            path = self.plan.checkpoint.shards[step.shard].path
+            raise CheckpointError(
+                f"{path}: tensor {task.tensor.name!r} could not be read: {error.strerror or error}",
+                hint="was the file replaced or truncated while it was read?",
+            ) from None
+        this = self._passes[step.task, step.second]
+        if this.add(self._order[number], parts) and (step.second or not task.second_read):
+            self._finish(step.task, first.merged, this.merged if step.second else None)
+        with self.lock:
+            self.bytes_done += step.nbytes
+
+    def _chunk(
+        self, task: Task, projection: Projection, step: Step, data: Buffer, position: int, first: _Pass
+    ) -> Chunk:
+        """The step's rows of one projection, as the kernel sees them."""
+        view, itemsize = projection.view, task.tensor.itemsize
+        col_weight = row_weight = None
+        if step.second:
+            col_weight = first.column_means(task.projections.index(projection), task.groups * task.rows)
+        elif projection.gain is not None and (gain := self._gain(projection.gain)) is not None:
+            if projection.residual_is_stored_rows:
+                row = step.group * task.rows + step.row
+                row_weight = memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
+            else:
+                col_weight = gain
+        return Chunk(
+            data=data,
+            dtype=task.tensor.dtype,
+            rows=step.rows,
+            cols=view.cols,
+            offset_bytes=position + (view.start - task.first) * itemsize,
+            row_stride_bytes=task.row_stride * itemsize,
+            unit_rows=task.unit_rows,
+            col_weight=col_weight,
+            row_weight=row_weight,
+            cross=projection.centred and not projection.residual_is_stored_rows,
+        )
+
+    def _gain(self, gain: NormGain) -> Buffer | None:
+        """The effective gain as float32, read when its layer begins; None, with a caveat, when it is not finite."""
+        with self.lock:
+            if gain not in self._gains:
+                spec = gain.tensor
+                stored = self._read_small(spec.shard, spec.offset_bytes, spec.nbytes, spec.name)
+                values = decode_gain(stored, spec.dtype, gain.offset)
+                if not all(map(math.isfinite, values)):
+                    self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
+                    self._gains[gain] = None
+                else:
+                    self._gains[gain] = memoryview(values).cast("B")
+            return self._gains[gain]
+
+    def _finish(self, number: int, merged: Sequence[Marginals], second: Sequence[Marginals] | None) -> None:
+        """The task's statistics; its marginals go to the ledger of its layer."""
+        task = self.plan.tasks[number]
+        for i, (projection, marginals) in enumerate(zip(task.projections, merged, strict=True)):
+            key = (task.tower, projection.layer, str(projection.role))
+            statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
+            with self.lock:
+                self._statistics[key] = statistics
+                if statistics.nonfinite:
+                    self._caveats[
+                        f"tensor {task.tensor.name!r} holds {statistics.nonfinite} non-finite values; "
+                        f"the std of {projection.role} in layer {projection.layer} is null"
+                    ] = None
+            self._ledger.enter(key, marginals)
+
+    def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
+        rows = sum(marginals.counts)
+        cols = projection.view.cols
+        total = self.backend.pool(marginals.row, cols, rows)
+        by_rows = projection.residual_is_stored_rows
+        along, count = (marginals.row, cols) if by_rows else (marginals.col, rows)
+        across, heads_count, heads_size = (marginals.col, rows, cols) if by_rows else (marginals.row, cols, rows)
+        head_std = None
+        if projection.head_dim is not None and heads_size % projection.head_dim == 0:
+            pooled = self.backend.pool(across, heads_count, projection.head_dim)
+            per_head = heads_count * projection.head_dim
+            head_std = memoryview(array("d", (math.sqrt(m2 / per_head) for m2 in _doubles(pooled.m2)))).cast("B")
+        cross, centre_square = marginals.cross, 0.0
+        if projection.centred:
+            weighted = marginals.weighted_col if by_rows else marginals.weighted_row
+            centres = (weighted or across).mean
+            centre_square = self._mean_square(centres, heads_size)
+            if second is not None and second.weighted_row is not None:
+                cross = second.weighted_row.mean
+        gain = self._gains.get(projection.gain) if projection.gain is not None else None
+        residual = self.backend.log_rms(along, count, gain, cross, centre_square)
+        return Statistics(
+            count=rows * cols,
+            mean=_doubles(total.mean)[0],
+            std=math.sqrt(_doubles(total.m2)[0] / (rows * cols)),
+            abs_max=marginals.abs_max,
+            nonfinite=marginals.nonfinite,
+            head_std=head_std,
+            residual=residual,
+        )
+
+    def _mean_square(self, values: Buffer, size: int) -> float:
+        pooled = self.backend.pool(Moments(values, bytes(8 * size)), 1, size)
+        return _doubles(pooled.m2)[0] / size + _doubles(pooled.mean)[0] ** 2
+
+    def _read_small(self, shard: int, offset_bytes: int, nbytes: int, name: str) -> bytes:
+        step = Step(0, 0, 0, 0, shard, offset_bytes, nbytes, False)
+        try:
+            data, position = self.reader.read(step)
+            content = bytes(data[position : position + nbytes])
+            self.reader.release(step)
+        except OSError as error:
+            path = self.plan.checkpoint.shards[shard].path
+            raise CheckpointError(f"{path}: tensor {name!r} could not be read: {error.strerror or error}") from None
+        return content
+
+
+class _Pass:
+    """One pass over one task: parts arrive in any order and are merged in row order."""
+
+    def __init__(self, backend: Backend, steps: int) -> None:
+        self.done = threading.Event()
+        self.merged: list[Marginals] = []
+        self._backend = backend
+        self._lock = threading.Lock()
+        self._left = steps
+        self._next = 0
+        self._waiting: dict[int, list[Marginals]] = {}
+        self._means: dict[int, Buffer] = {}
+
+    def add(self, position: int, parts: list[Marginals]) -> bool:
+        """Takes the step at `position`; True for the one call that completes the pass."""
+        with self._lock:
+            self._waiting[position] = parts
+            while (ready := self._waiting.pop(self._next, None)) is not None:
+                if self._next == 0:
+                    self.merged = [self._backend.merge([part]) for part in ready]
+                else:
+                    pairs = zip(self.merged, ready, strict=True)
+                    self.merged = [self._backend.merge([done, part]) for done, part in pairs]
+                self._next += 1
+            self._left -= 1
+            if self._left == 0:
+                self.done.set()
+            return self._left == 0
+
+    def column_means(self, projection: int, rows: int) -> Buffer:
+        """C times the mean of every (weighted) stored column, float32: under this weight a row's mean is its product
+        with the column means, which centring along the stored rows needs."""
+        with self._lock:
+            if projection not in self._means:
+                marginals = self.merged[projection]
+                means = _doubles((marginals.weighted_col or marginals.col).mean)
+                self._means[projection] = memoryview(array("f", (len(means) * mean for mean in means))).cast("B")
+            return self._means[projection]
+
+
+class _Ledger:
+    """Feeds the digest in (tower, layer, role) order while tasks finish in any order within a layer."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        keys = sorted(
+            ((task.tower, p.layer, str(p.role)) for task in tasks for p in task.projections),
+            key=lambda key: (key[0], key[1], ROLES.index(key[2])),  # type: ignore[arg-type]
+        )
+        self._keys = keys
+        self._entered: dict[tuple[str, int, str], Marginals] = {}
+        self._next = 0
+        self._hash = hashlib.sha256()
+        self._lock = threading.Lock()
+
+    def enter(self, key: tuple[str, int, str], marginals: Marginals) -> None:
+        with self._lock:
+            self._entered[key] = marginals
+            while self._next < len(self._keys) and self._keys[self._next] in self._entered:
+                ready = self._entered.pop(self._keys[self._next])
+                self._next += 1
+                for moments in (ready.row, ready.col, ready.weighted_row, ready.weighted_col):
+                    if moments is not None:
+                        self._hash.update(moments.mean)
+                        self._hash.update(moments.m2)
+
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _doubles(data: Buffer) -> memoryview:
+    return memoryview(data).cast("B").cast("d")
+
+
+__all__ = ["Progress", "Result", "Statistics", "run"]

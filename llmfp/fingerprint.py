@@ -1,0 +1,262 @@
+"""The fingerprint: what a scan leaves behind, and the small file it lives in.
+
+The file is a safetensors file named *.fp.safetensors, so that anything in this ecosystem can open it: its metadata
+holds `llmfp.schema` and, under `llmfp`, the JSON object that `scan --json` prints; its arrays, per tower and role:
+
+    {tower}.{role}.count      int64[L]          {tower}.{role}.nonfinite  int64[L]
+    {tower}.{role}.mean       float64[L]        {tower}.{role}.head_std   float64[L, heads]
+    {tower}.{role}.std        float64[L]        {tower}.{role}.residual   float16[L, hidden]
+    {tower}.{role}.abs_max    float64[L]
+
+A layer without that role has count 0 and NaN elsewhere; where heads or hidden size differ between layers, rows are
+padded with NaN at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmfp.engine import Statistics
+from llmfp.errors import FingerprintError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCHEMA = "llmfp.fingerprint/1"
+SUFFIX = ".fp.safetensors"
+_MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TowerFingerprint:
+    """One tower's statistics by role; sequences run over `layers`, None where a layer has none.
+
+    std, mean     population std and mean of all elements
+    """
+
+    layers: tuple[int, ...]
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    hidden_size: int
+    statistics: Mapping[str, tuple[Statistics | None, ...]]
+
+    @property
+    def std(self) -> dict[str, list[float | None]]:
+        return {role: [_finite(s and s.std) for s in column] for role, column in self.statistics.items()}
+
+    @property
+    def mean(self) -> dict[str, list[float | None]]:
+        return {role: [_finite(s and s.mean) for s in column] for role, column in self.statistics.items()}
+
+    def head_std(self, role: str) -> NDArray[np.float64]:
+        """float64 [L, heads]: each head's population std; NaN where unknown."""
+        import numpy as np
+
+        rows = [None if s is None or s.head_std is None else np.frombuffer(s.head_std) for s in self.statistics[role]]
+        return _stack(rows, np.float64)
+
+    def residual(self, role: str) -> NDArray[np.float16]:
+        """float16 [L, hidden]: log RMS of the effective weights along each residual coordinate; NaN where absent."""
+        import numpy as np
+
+        rows = [None if s is None else np.frombuffer(s.residual, np.float16) for s in self.statistics[role]]
+        return _stack(rows, np.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A checkpoint's statistics and where they come from. Equal `digest`: bit-identical statistics.
+
+    `source`, `run`, `skipped` and `caveats` are as in the JSON contract; `main` is the language decoder's tower, else
+    the only encoder's.
+    """
+
+    architecture: str
+    towers: Mapping[str, TowerFingerprint]
+    source: Mapping[str, Any]
+    run: Mapping[str, Any]
+    skipped: tuple[Mapping[str, Any], ...]
+    caveats: tuple[str, ...]
+    digest: str
+
+    @property
+    def main(self) -> TowerFingerprint:
+        return self.towers[main_tower(self.towers)]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.main.layers
+
+    @property
+    def std(self) -> dict[str, list[float | None]]:
+        """Population std per role, "q", "k", "v", "o", over `layers`; None where there is none."""
+        return self.main.std
+
+    @property
+    def mean(self) -> dict[str, list[float | None]]:
+        return self.main.mean
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `scan --json` prints."""
+        main = self.main
+        return {
+            "schema": SCHEMA,
+            "source": dict(self.source),
+            "architecture": self.architecture,
+            "layers": list(main.layers),
+            "heads": main.heads,
+            "kv_heads": main.kv_heads,
+            "head_dim": main.head_dim,
+            "hidden_size": main.hidden_size,
+            "std": main.std,
+            "mean": main.mean,
+            "roles": {},
+            "towers": {name: _tower_json(tower) for name, tower in self.towers.items()},
+            "skipped": [dict(each) for each in self.skipped],
+            "caveats": list(self.caveats),
+            "run": dict(self.run),
+            "digest": self.digest,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+        from safetensors.numpy import save
+
+        metadata = {"llmfp.schema": SCHEMA, "llmfp": json.dumps(self.to_json(), allow_nan=False)}
+        write_whole(Path(path), save(_arrays(self.towers), metadata))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces `path` by a file with this content, or leaves it untouched. Raises FingerprintError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise FingerprintError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_fingerprint(path: Path) -> bool:
+    """Whether the name says that a file is a fingerprint."""
+    return path.name.endswith(SUFFIX)
+
+
+def load(path: str | os.PathLike[str]) -> Fingerprint:
+    """A saved fingerprint. Raises FingerprintError for anything that is not one of this schema, whole."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        size = Path(path).stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise FingerprintError(f"{path}: {size} bytes is too large for a fingerprint")
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            schema = metadata.get("llmfp.schema")
+            if schema != SCHEMA:
+                raise FingerprintError(
+                    f"{path}: " + (f"schema {schema!r} is not known" if schema else "not a fingerprint"),
+                    hint=f"this version reads {SCHEMA}; make one with llmfp-fast scan SOURCE --out FILE{SUFFIX}",
+                )
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        saved = json.loads(metadata["llmfp"])
+        towers = {}
+        for name, tower in saved["towers"].items():
+            layers = tuple(tower["layers"])
+            statistics = {}
+            for role in tower["std"]:
+                part = {key: arrays[f"{name}.{role}.{key}"] for key in ("count", "mean", "std", "abs_max", "nonfinite")}
+                residual = arrays[f"{name}.{role}.residual"]
+                head_std = arrays.get(f"{name}.{role}.head_std")
+                statistics[role] = tuple(
+                    Statistics(
+                        count=int(part["count"][i]),
+                        mean=float(part["mean"][i]),
+                        std=float(part["std"][i]),
+                        abs_max=float(part["abs_max"][i]),
+                        nonfinite=int(part["nonfinite"][i]),
+                        head_std=None if head_std is None else head_std[i].astype(np.float64).tobytes(),
+                        residual=residual[i].tobytes(),
+                    )
+                    if part["count"][i]
+                    else None
+                    for i in range(len(layers))
+                )
+            shape = (tower[key] for key in ("heads", "kv_heads", "head_dim", "hidden_size"))
+            towers[name] = TowerFingerprint(layers, *shape, statistics)
+        return Fingerprint(
+            architecture=saved["architecture"],
+            towers=towers,
+            source=saved["source"],
+            run=saved["run"],
+            skipped=tuple(saved["skipped"]),
+            caveats=tuple(saved["caveats"]),
+            digest=saved["digest"],
+        )
+    except OSError as error:
+        raise FingerprintError(f"{path}: {error.strerror or error}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise FingerprintError(f"{path}: not a whole fingerprint ({type(error).__name__}: {error})") from None
+
+
+def main_tower(towers: Mapping[str, object]) -> str:
+    """The language decoder, else the only encoder: the tower at the top level of the JSON."""
+    return next((name for name in ("decoder", "encoder") if name in towers), next(iter(towers)))
+
+
+def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
+    return {
+        "layers": list(tower.layers),
+        "heads": tower.heads,
+        "kv_heads": tower.kv_heads,
+        "head_dim": tower.head_dim,
+        "hidden_size": tower.hidden_size,
+        "std": tower.std,
+        "mean": tower.mean,
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _arrays(towers: Mapping[str, TowerFingerprint]) -> dict[str, NDArray[Any]]:
+    import numpy as np
+
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, tower in towers.items():
+        for role, column in tower.statistics.items():
+            prefix = f"{name}.{role}"
+            for key in ("count", "nonfinite"):
+                arrays[f"{prefix}.{key}"] = np.array([0 if s is None else getattr(s, key) for s in column], np.int64)
+            for key in ("mean", "std", "abs_max"):
+                values = [math.nan if s is None else getattr(s, key) for s in column]
+                arrays[f"{prefix}.{key}"] = np.array(values, np.float64)
+            arrays[f"{prefix}.residual"] = tower.residual(role)
+            if any(s is not None and s.head_std is not None for s in column):
+                arrays[f"{prefix}.head_std"] = tower.head_std(role)
+    return arrays
+
+
+def _stack(rows: list[NDArray[Any] | None], dtype: type) -> NDArray[Any]:
+    import numpy as np
+
+    width = max((len(row) for row in rows if row is not None), default=0)
+    stacked = np.full((len(rows), width), np.nan, dtype)
+    for i, row in enumerate(rows):
+        if row is not None:
+            stacked[i, : len(row)] = row
+    return stacked

@@ -1,0 +1,262 @@
+"""What will be read, in what order, in which pieces, and whether it fits: all decided before the first weight byte.
+
+A `Task` is the part of one stored tensor that holds one projection, or several side by side (GPT-2's c_attn). Its rows
+are cut into units, whose size depends on the shape alone, and consecutive units into `Step`s, one read each, whose
+size depends on the memory budget. Only units reach the arithmetic, so the budget changes no bit of the answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+from llmfp.architecture import AttentionMap, NormGain, Projection
+from llmfp.architecture.matching import pattern
+from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.errors import EncodingError, PlanError
+from llmfp.kernels import Backend
+from llmfp.marginals import unit_rows
+
+DEFAULT_MEMORY = 512 << 20
+FIXED_BYTES = 6 << 20
+"""Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
+MAX_THREADS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Projections that share the rows of one stored tensor, and how those rows lie in it (units: elements).
+
+    second_read: a LayerNorm along the stored rows needs every column's mean before a row can be centred.
+    """
+
+    tower: str
+    projections: tuple[Projection, ...]
+    tensor: TensorSpec
+    groups: int
+    rows: int
+    group_stride: int
+    row_stride: int
+    first: int
+    span: int
+    unit_rows: int
+    second_read: bool
+
+    @property
+    def layer(self) -> int:
+        return self.projections[0].layer
+
+    @property
+    def gains(self) -> tuple[NormGain, ...]:
+        return tuple(dict.fromkeys(p.gain for p in self.projections if p.gain is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One read: `rows` rows from `row` of group `group` of task number `task`, and the bytes that hold them."""
+
+    task: int
+    group: int
+    row: int
+    rows: int
+    shard: int
+    offset_bytes: int
+    nbytes: int
+    second: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most."""
+
+    checkpoint: Checkpoint
+    attention: AttentionMap
+    tasks: tuple[Task, ...]
+    steps: tuple[Step, ...]
+    threads: int
+    memory_bytes: int
+    needed_bytes: int
+
+    @property
+    def attention_bytes(self) -> int:
+        return sum(p.view.nbytes for tower in self.attention.towers for p in tower.projections)
+
+    @property
+    def gain_bytes(self) -> int:
+        return sum(gain.tensor.nbytes for gain in {gain for task in self.tasks for gain in task.gains})
+
+    @property
+    def header_bytes(self) -> int:
+        return sum(shard.header_bytes for shard in self.checkpoint.shards)
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+    @property
+    def second_read_bytes(self) -> int:
+        return sum(step.nbytes for step in self.steps if step.second)
+
+    @property
+    def total_bytes(self) -> int:
+        """All bytes the scan reads: headers, gains, weights, and the declared second read."""
+        return self.header_bytes + self.gain_bytes + self.step_bytes
+
+    @cached_property
+    def skipped(self) -> list[dict[str, object]]:
+        """What is not read, grouped by name pattern, most bytes first."""
+        count: Counter[tuple[str, str]] = Counter()
+        nbytes: Counter[tuple[str, str]] = Counter()
+        for name, reason in self.attention.skipped.items():
+            key = pattern(name), reason
+            count[key] += 1
+            nbytes[key] += self.checkpoint.tensors[name].nbytes
+        return [
+            {"pattern": key[0], "count": count[key], "bytes": nbytes[key], "reason": key[1]}
+            for key in sorted(count, key=lambda key: (-nbytes[key], key))
+        ]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    attention: AttentionMap,
+    backend: Backend,
+    *,
+    threads: int | None = None,
+    min_threads: int = 1,
+    step_bytes: int = 8 << 20,
+    memory_bytes: int = DEFAULT_MEMORY,
+) -> Plan:
+    """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
+
+    Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
+    tasks = _tasks(attention)
+    for task in tasks:
+        if task.tensor.dtype not in backend.dtypes:
+            raise EncodingError(
+                f"{checkpoint.shards[task.tensor.shard].path}: tensor {task.tensor.name!r} is {task.tensor.dtype}, "
+                f"which back end {backend.name} does not read",
+                hint="llmfp-fast backends lists what each one reads",
+            )
+    wanted = threads or min(max(_available_cores(), min_threads), MAX_THREADS)
+    fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks)
+    costs = [_unit_cost(task, backend) for task in tasks]
+    largest = max(range(len(tasks)), key=lambda i: costs[i])
+    threads = max(1, min(wanted, (memory_bytes - fixed) // costs[largest]))
+    if fixed + costs[largest] > memory_bytes:
+        worst = tasks[largest].tensor
+        raise PlanError(
+            f"{checkpoint.shards[worst.shard].path}: tensor {worst.name!r} needs a memory budget of "
+            f"{_mebibytes(fixed + costs[largest])}, the budget is {_mebibytes(memory_bytes)}",
+            hint=f"raise --memory to {_mebibytes(fixed + costs[largest])} or more",
+        )
+    share = (memory_bytes - fixed) // threads
+    steps: list[Step] = []
+    for _, group in groupby(range(len(tasks)), key=lambda i: (tasks[i].tower, tasks[i].layer)):
+        layer = list(group)
+        for second in (False, True):
+            for i in layer:
+                if tasks[i].second_read or not second:
+                    units = max(1, min(share // costs[i], step_bytes // _unit_bytes(tasks[i])))
+                    steps += _steps(i, tasks[i], units, second)
+    deepest = max(
+        -(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps
+    )
+    return Plan(
+        checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, fixed + threads * deepest
+    )  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes from '512MiB', '2GB', '65536'. Raises ValueError with what is accepted."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    digits = text.strip().rstrip("BKMGTibkmgt ").strip()
+    unit = text.strip()[len(digits) :].strip().upper()
+    try:
+        size = float(digits) * units[unit]
+        if not 0 < size < 2**60:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r} is not a size; write for example 512MiB, 2GB or 65536") from None
+    return int(size)
+
+
+def _tasks(attention: AttentionMap) -> list[Task]:
+    """Projections by shared rows, in the order of reading: tower, layer, then as they lie in the files."""
+    shared: defaultdict[tuple[object, ...], list[Projection]] = defaultdict(list)
+    for tower in attention.towers:
+        for p in tower.projections:
+            v = p.view
+            rows = (v.tensor.shard, v.tensor.offset_bytes, v.start // v.row_stride, v.group_stride, v.groups, v.rows)
+            shared[tower.name, p.layer, *rows].append(p)
+    tasks = []
+    for key in sorted(shared, key=lambda key: [str(key[0]), *key[1:]]):
+        projections = sorted(shared[key], key=lambda p: p.view.start)
+        view = projections[0].view
+        tasks.append(
+            Task(
+                tower=str(key[0]),
+                projections=tuple(projections),
+                tensor=view.tensor,
+                groups=view.groups,
+                rows=view.rows,
+                group_stride=view.group_stride,
+                row_stride=view.row_stride,
+                first=view.start,
+                span=max(p.view.start + p.view.cols for p in projections) - view.start,
+                unit_rows=unit_rows(view.row_stride),
+                second_read=any(p.centred and p.residual_is_stored_rows for p in projections),
+            )
+        )
+    return tasks
+
+
+def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
+    rows_per_step, itemsize = units * task.unit_rows, task.tensor.itemsize
+    for group in range(task.groups):
+        for row in range(0, task.rows, rows_per_step):
+            rows = min(rows_per_step, task.rows - row)
+            start = task.first + group * task.group_stride + row * task.row_stride
+            nbytes = ((rows - 1) * task.row_stride + task.span) * itemsize
+            yield Step(
+                number, group, row, rows, task.tensor.shard, task.tensor.offset_bytes + start * itemsize, nbytes, second
+            )
+
+
+def _unit_bytes(task: Task) -> int:
+    return min(task.unit_rows, task.rows) * task.row_stride * task.tensor.itemsize
+
+
+def _unit_cost(task: Task, backend: Backend) -> int:
+    """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice."""
+    rows = min(task.unit_rows, task.rows)
+    results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
+    return _unit_bytes(task) + rows * task.row_stride * backend.scratch_per_element + 2 * results
+
+
+def _kept_bytes(tasks: Sequence[Task]) -> int:
+    """Memory that outlives a step: gains, the fingerprint itself, and the statistics of layers not yet closed."""
+    gains = sum(4 * gain.tensor.shape[0] for gain in {gain for task in tasks for gain in task.gains})
+    fingerprint = layer_bytes = 0
+    by_layer: Counter[tuple[str, int]] = Counter()
+    for task in tasks:
+        for p in task.projections:
+            fingerprint += 1024 + 2 * p.residual_size + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
+            by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.cols)
+    layer_bytes = 2 * max(by_layer.values())
+    return gains + fingerprint + layer_bytes
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _mebibytes(nbytes: int) -> str:
+    return f"{-(-nbytes // (1 << 20))}MiB"
+
+
+__all__ = ["DEFAULT_MEMORY", "Plan", "Step", "Task", "make_plan", "parse_size"]
