@@ -45,7 +45,8 @@ def decode(chunk: Chunk) -> Float64:
     if chunk.dtype == "BF16":
         return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if stored == np.uint8:
-        return _fp8_table(chunk.dtype)[bits]
+        decoded: Float64 = _fp8_table(chunk.dtype)[bits]
+        return decoded
     return bits.astype(np.float64)
 
 

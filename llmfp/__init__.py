@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llmfp.api import load, plan, scan
+    from llmfp.api import load, scan
     from llmfp.errors import LlmfpError
     from llmfp.fingerprint import Fingerprint
 
@@ -23,10 +23,9 @@ _HOME = {
     "Fingerprint": "llmfp.fingerprint",
     "LlmfpError": "llmfp.errors",
     "load": "llmfp.api",
-    "plan": "llmfp.api",
     "scan": "llmfp.api",
 }
-__all__ = ["Fingerprint", "LlmfpError", "__version__", "load", "plan", "scan"]
+__all__ = ["Fingerprint", "LlmfpError", "__version__", "load", "scan"]
 
 
 def __getattr__(name: str) -> Any:

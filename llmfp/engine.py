@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmfp.architecture import NormGain, Projection
-from llmfp.architecture.specs import ROLES
+from llmfp.architecture.specs import ROLES, Role
+from llmfp.checkpoint import TensorSpec
 from llmfp.encoding import decode_gain
-from llmfp.errors import CheckpointError, LlmfpError
+from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 from llmfp.plan import Plan, Step, Task
@@ -159,6 +160,8 @@ class _Scan:
             first.done.wait()
             if self.stop:
                 return
+        for gain in task.gains:
+            self._load_gain(gain)
         try:
             data, position = self.reader.read(step)
             parts = [
@@ -168,11 +171,7 @@ class _Scan:
             del data
             self.reader.release(step)
         except OSError as error:
-            path = self.plan.checkpoint.shards[step.shard].path
-            raise CheckpointError(
-                f"{path}: tensor {task.tensor.name!r} could not be read: {error.strerror or error}",
-                hint="was the file replaced or truncated while it was read?",
-            ) from None
+            raise self._unreadable(task.tensor, error) from None
         this = self._passes[step.task, step.second]
         if this.add(self._order[number], parts) and (step.second or not task.second_read):
             self._finish(step.task, first.merged, this.merged if step.second else None)
@@ -186,8 +185,8 @@ class _Scan:
         view, itemsize = projection.view, task.tensor.itemsize
         col_weight = row_weight = None
         if step.second:
-            col_weight = first.column_means(task.projections.index(projection), task.groups * task.rows)
-        elif projection.gain is not None and (gain := self._gain(projection.gain)) is not None:
+            col_weight = first.column_means(task.projections.index(projection))
+        elif projection.gain is not None and (gain := self._gains[projection.gain]) is not None:
             if projection.residual_is_stored_rows:
                 row = step.group * task.rows + step.row
                 row_weight = memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
@@ -206,19 +205,18 @@ class _Scan:
             cross=projection.centred and not projection.residual_is_stored_rows,
         )
 
-    def _gain(self, gain: NormGain) -> Buffer | None:
-        """The effective gain as float32, read when its layer begins; None, with a caveat, when it is not finite."""
+    def _load_gain(self, gain: NormGain) -> None:
+        """The effective gain as float32, read once, before the weights it belongs to (whose buffer it would take);
+        None, with a caveat, when it is not finite."""
         with self.lock:
-            if gain not in self._gains:
-                spec = gain.tensor
-                stored = self._read_small(spec.shard, spec.offset_bytes, spec.nbytes, spec.name)
-                values = decode_gain(stored, spec.dtype, gain.offset)
-                if not all(map(math.isfinite, values)):
-                    self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
-                    self._gains[gain] = None
-                else:
-                    self._gains[gain] = memoryview(values).cast("B")
-            return self._gains[gain]
+            if gain in self._gains:
+                return
+            spec = gain.tensor
+            values = decode_gain(self._read_whole(spec), spec.dtype, gain.offset)
+            finite = all(map(math.isfinite, values))
+            self._gains[gain] = memoryview(values).cast("B") if finite else None
+            if not finite:
+                self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
 
     def _finish(self, number: int, merged: Sequence[Marginals], second: Sequence[Marginals] | None) -> None:
         """The task's statistics; its marginals go to the ledger of its layer."""
@@ -270,16 +268,22 @@ class _Scan:
         pooled = self.backend.pool(Moments(values, bytes(8 * size)), 1, size)
         return _doubles(pooled.m2)[0] / size + _doubles(pooled.mean)[0] ** 2
 
-    def _read_small(self, shard: int, offset_bytes: int, nbytes: int, name: str) -> bytes:
-        step = Step(0, 0, 0, 0, shard, offset_bytes, nbytes, False)
+    def _read_whole(self, spec: TensorSpec) -> bytes:
+        step = Step(0, 0, 0, 0, spec.shard, spec.offset_bytes, spec.nbytes, False)
         try:
             data, position = self.reader.read(step)
-            content = bytes(data[position : position + nbytes])
+            content = bytes(data[position : position + spec.nbytes])
             self.reader.release(step)
         except OSError as error:
-            path = self.plan.checkpoint.shards[shard].path
-            raise CheckpointError(f"{path}: tensor {name!r} could not be read: {error.strerror or error}") from None
+            raise self._unreadable(spec, error) from None
         return content
+
+    def _unreadable(self, spec: TensorSpec, error: OSError) -> CheckpointError:
+        path = self.plan.checkpoint.shards[spec.shard].path
+        return CheckpointError(
+            f"{path}: tensor {spec.name!r} could not be read: {error.strerror or error}",
+            hint="was the file replaced or truncated while it was read?",
+        )
 
 
 class _Pass:
@@ -311,7 +315,7 @@ class _Pass:
                 self.done.set()
             return self._left == 0
 
-    def column_means(self, projection: int, rows: int) -> Buffer:
+    def column_means(self, projection: int) -> Buffer:
         """C times the mean of every (weighted) stored column, float32: under this weight a row's mean is its product
         with the column means, which centring along the stored rows needs."""
         with self._lock:
@@ -328,7 +332,7 @@ class _Ledger:
     def __init__(self, tasks: Sequence[Task]) -> None:
         keys = sorted(
             ((task.tower, p.layer, str(p.role)) for task in tasks for p in task.projections),
-            key=lambda key: (key[0], key[1], ROLES.index(key[2])),  # type: ignore[arg-type]
+            key=lambda key: (key[0], key[1], ROLES.index(Role(key[2]))),
         )
         self._keys = keys
         self._entered: dict[tuple[str, int, str], Marginals] = {}
@@ -351,7 +355,7 @@ class _Ledger:
         return self._hash.hexdigest()
 
 
-def _doubles(data: Buffer) -> memoryview:
+def _doubles(data: Buffer) -> memoryview[float]:
     return memoryview(data).cast("B").cast("d")
 
 

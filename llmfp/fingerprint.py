@@ -50,11 +50,15 @@ class TowerFingerprint:
 
     @property
     def std(self) -> dict[str, list[float | None]]:
-        return {role: [_finite(s and s.std) for s in column] for role, column in self.statistics.items()}
+        return {
+            role: [None if s is None else _finite(s.std) for s in column] for role, column in self.statistics.items()
+        }
 
     @property
     def mean(self) -> dict[str, list[float | None]]:
-        return {role: [_finite(s and s.mean) for s in column] for role, column in self.statistics.items()}
+        return {
+            role: [None if s is None else _finite(s.mean) for s in column] for role, column in self.statistics.items()
+        }
 
     def head_std(self, role: str) -> NDArray[np.float64]:
         """float64 [L, heads]: each head's population std; NaN where unknown."""
@@ -195,8 +199,9 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
                     else None
                     for i in range(len(layers))
                 )
-            shape = (tower[key] for key in ("heads", "kv_heads", "head_dim", "hidden_size"))
-            towers[name] = TowerFingerprint(layers, *shape, statistics)
+            towers[name] = TowerFingerprint(
+                layers, tower["heads"], tower["kv_heads"], tower["head_dim"], tower["hidden_size"], statistics
+            )
         return Fingerprint(
             architecture=saved["architecture"],
             towers=towers,
@@ -229,8 +234,8 @@ def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
     }
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _arrays(towers: Mapping[str, TowerFingerprint]) -> dict[str, NDArray[Any]]:
@@ -255,7 +260,7 @@ def _stack(rows: list[NDArray[Any] | None], dtype: type) -> NDArray[Any]:
     import numpy as np
 
     width = max((len(row) for row in rows if row is not None), default=0)
-    stacked = np.full((len(rows), width), np.nan, dtype)
+    stacked: NDArray[Any] = np.full((len(rows), width), np.nan, dtype)
     for i, row in enumerate(rows):
         if row is not None:
             stacked[i, : len(row)] = row

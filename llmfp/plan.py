@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 from llmfp.architecture import AttentionMap, NormGain, Projection
 from llmfp.architecture.matching import pattern
@@ -120,6 +121,39 @@ class Plan:
             for key in sorted(count, key=lambda key: (-nbytes[key], key))
         ]
 
+    def to_json(self) -> dict[str, Any]:
+        """The object that `plan --json` prints: reads in order, what is skipped, totals in bytes."""
+        shards = self.checkpoint.shards
+        return {
+            "schema": "llmfp.plan/1",
+            "architecture": self.attention.family,
+            "reads": [
+                {
+                    "tower": task.tower,
+                    "layer": task.layer,
+                    "roles": [str(p.role) for p in task.projections],
+                    "tensor": task.tensor.name,
+                    "dtype": task.tensor.dtype,
+                    "file": shards[task.tensor.shard].path.name,
+                    "bytes": sum(p.view.nbytes for p in task.projections),
+                    "read_twice": task.second_read,
+                }
+                for task in self.tasks
+            ],
+            "skipped": self.skipped,
+            "attention_bytes": self.attention_bytes,
+            "gain_bytes": self.gain_bytes,
+            "header_bytes": self.header_bytes,
+            "second_read_bytes": self.second_read_bytes,
+            "bytes_read": self.total_bytes,
+            "bytes_total": sum(shard.nbytes for shard in shards),
+            "requests": len(self.steps),
+            "threads": self.threads,
+            "memory_budget_bytes": self.memory_bytes,
+            "memory_needed_bytes": self.needed_bytes,
+            "caveats": [*self.checkpoint.caveats, *self.attention.caveats],
+        }
+
 
 def make_plan(
     checkpoint: Checkpoint,
@@ -163,9 +197,7 @@ def make_plan(
                 if tasks[i].second_read or not second:
                     units = max(1, min(share // costs[i], step_bytes // _unit_bytes(tasks[i])))
                     steps += _steps(i, tasks[i], units, second)
-    deepest = max(
-        -(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps
-    )
+    deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     return Plan(
         checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, fixed + threads * deepest
     )  # fmt: skip

@@ -39,7 +39,7 @@ from llmfp.architecture.specs import ROLES
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """What a tensor is, by its name: the role (or "qkv", "before", "after", "witness") it plays in a tower of a family."""
+    """What a tensor is, by its name: the part it plays (a role, "qkv", "before", …) in a tower of a family."""
 
     family: str
     tower: str

@@ -21,7 +21,9 @@ _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_atte
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scales", "scale", "qscale_weight", "SCB", "weight.absmax")
+_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scales", "qscale_weight", "SCB", "weight.absmax")
+_FLOATS = ("BF16", "F16", "F32", "F64")
+_FLOATS_8BIT = ("F8_E4M3", "F8_E5M2")
 _CLOSEST = 6
 
 
@@ -67,8 +69,8 @@ def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
         for position, part in enumerate(parts):
             if part.isascii() and part.isdigit() and len(part) < 6:
                 template = ".".join((*parts[:position], "{layer}", *parts[position + 1 :]))
-                for slot in table.get(template, ()):
-                    result.append(_Found(slot, template.split("{layer}")[0], int(part), spec))
+                block = template.split("{layer}")[0]
+                result += [_Found(slot, block, int(part), spec) for slot in table.get(template, ())]
     return result
 
 
@@ -180,10 +182,10 @@ def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
             f"{where} is quantised (its scales are in {scale!r}), which is not supported yet",
             hint="scan the unquantised checkpoint",
         )
-    if not (spec.dtype in ("BF16", "F16", "F32", "F64") or spec.dtype in ("F8_E4M3", "F8_E5M2")):
+    if spec.dtype not in (*_FLOATS, *_FLOATS_8BIT):
         raise EncodingError(
             f"{where} is stored as {spec.dtype}, which is not supported yet",
-            hint="supported are BF16, F16, F32, F64, F8_E4M3 and F8_E5M2; scan the unquantised checkpoint",
+            hint=f"supported are {', '.join((*_FLOATS, *_FLOATS_8BIT))}; scan the unquantised checkpoint",
         )
 
 
@@ -194,8 +196,9 @@ def _gain(
     if spec is None:
         return None
     size = view.inputs if role.reads else view.outputs
-    if spec.shape != (size,) or spec.dtype not in ("BF16", "F16", "F32", "F64"):
-        caveats.append(f"norm gain {spec.name!r} is {spec.dtype} {list(spec.shape)}, not a float of [{size}]; taken as 1")
+    if spec.shape != (size,) or spec.dtype not in _FLOATS:
+        stored = f"{spec.dtype} {list(spec.shape)}"
+        caveats.append(f"norm gain {spec.name!r} is {stored}, not a float of [{size}]; taken as 1")
         return None
     return NormGain(spec, names.norm_offset)
 
@@ -243,7 +246,7 @@ def _config_caveats(
     model_types = _model_types(checkpoint.config)
     if model_types and not model_types & family.model_types:
         caveats.append(
-            f"model type {'/'.join(sorted(model_types))} is not known; "
+            f"model type {', '.join(map(repr, sorted(model_types)))} is not known; "
             f"names match the {family.name} family, whose norms are assumed"
         )
     stored = len({each.layer for each in found if each.slot.part in PARTS and each.slot.tower != "encoder"})

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmfp.checkpoint import safetensors_file, strict_json
-from llmfp.checkpoint.specs import Checkpoint, TensorSpec
+from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
 from llmfp.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -44,7 +44,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: no such file or directory", hint=_hint_for_missing(path))
     except PermissionError:
         raise CheckpointError(f"{path}: permission denied") from None
-    shards, tensors, caveats = [], {}, []
+    shards: list[Shard] = []
+    tensors: dict[str, TensorSpec] = {}
+    caveats: list[str] = []
     for number, file in enumerate(files):
         shard, specs = safetensors_file.read_header(file, number)
         shards.append(shard)
@@ -133,7 +135,9 @@ def _is_inside(name: str) -> bool:
     return not (pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or "\0" in name or not name)
 
 
-def _check_index(weight_map: dict[str, str], files: list[Path], tensors: dict[str, TensorSpec], path: Path) -> list[str]:
+def _check_index(
+    weight_map: dict[str, str], files: list[Path], tensors: dict[str, TensorSpec], path: Path
+) -> list[str]:
     for name, file in weight_map.items():
         spec = tensors.get(name)
         if spec is None or files[spec.shard] != path.parent / file:

@@ -32,7 +32,7 @@ class Reader(Protocol):
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
 
     def read(self, step: Step) -> tuple[Buffer, int]:
-        """A buffer and the position in it of the step's first byte; valid in this thread until `release`.
+        """A buffer and the position in it of the step's first byte; valid until this thread's next `read` or `release`.
 
         Raises CheckpointError when the file has changed, OSError when it cannot be read.
         """

@@ -44,9 +44,7 @@ class PreadReader:
 
     def ahead(self, step: Step) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(
-                self._descriptor(step.shard), step.offset_bytes, step.nbytes, os.POSIX_FADV_WILLNEED
-            )
+            os.posix_fadvise(self._descriptor(step.shard), step.offset_bytes, step.nbytes, os.POSIX_FADV_WILLNEED)
 
     def release(self, step: Step) -> None:
         """Nothing: the buffer is reused by the thread's next step."""

@@ -1,0 +1,56 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from llmfp.kernels import BACKENDS
+from llmfp.plan import parse_size
+from llmfp.reader import READERS
+
+Command = Callable[..., Any]
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes with an optional unit."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+debug_option = click.option(
+    "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
+)
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+
+
+def reading_options(command: Command) -> Command:
+    """How to read and reduce: back end, reader, threads, memory."""
+    for option in reversed(
+        (
+            click.option(
+                "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
+                help="What computes; llmfp-fast backends says which can run here.",
+            ),
+            click.option(
+                "--reader", type=click.Choice(READERS), default="auto", show_default=True,
+                help="How bytes arrive; auto maps what is in the page cache and reads the rest.",
+            ),
+            click.option("--threads", type=click.IntRange(1, 1024), help="Threads; default: one per core."),
+            click.option(
+                "--memory", "memory_bytes", type=Size(), default="512MiB", show_default=True,
+                help="Bound on resident memory, beyond what planning takes.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command

@@ -1,0 +1,54 @@
+"""llmfp-fast scan: the fingerprint of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmfp import api
+from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
+from llmfp.cli.progress import ProgressBar
+from llmfp.fingerprint import SUFFIX, is_fingerprint
+from llmfp.report import terminal
+
+
+@click.command("scan", short_help="Fingerprint a checkpoint: σ of every attention matrix.")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Keep the fingerprint, as *{SUFFIX}.")
+@json_option
+@reading_options
+@verbose_option
+@debug_option
+def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **reading: Any) -> None:
+    """Reads the attention weights of SOURCE once and prints the standard deviation σ of Q, K, V and O in every layer.
+
+    SOURCE is a directory of safetensors files, a single .safetensors file, or a saved fingerprint.
+    """
+    if out is not None:
+        _check_writable(out)
+    if verbose and not is_fingerprint(source):
+        click.echo(terminal.plan_line(api.plan(source, **reading)), err=True)
+    with ProgressBar() as bar:
+        fingerprint = api.scan(source, progress=bar, **reading)
+    if out is not None:
+        fingerprint.save(out)
+    if as_json:
+        click.echo(json.dumps(fingerprint.to_json(), indent=2, allow_nan=False))
+        return
+    click.echo(terminal.fingerprint_table(fingerprint))
+    if out is not None:
+        click.echo(f"kept in {out} ({out.stat().st_size:,} bytes)")
+
+
+def _check_writable(out: Path) -> None:
+    """Fails before the work, not after it."""
+    if not is_fingerprint(out):
+        raise click.BadParameter(f"{out} does not end in {SUFFIX}", param_hint="--out")
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is not a directory", param_hint="--out")
+    if not os.access(out.parent, os.W_OK):
+        raise click.BadParameter(f"{out.parent} is not writable", param_hint="--out")

@@ -1,0 +1,116 @@
+"""Tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from llmfp.architecture.specs import ROLES
+from llmfp.fingerprint import Fingerprint, TowerFingerprint
+from llmfp.plan import Plan
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_BAR_WIDTH = 8
+
+
+def fingerprint_table(fingerprint: Fingerprint) -> str:
+    """One row per layer, σ of each role with a bar relative to the column's largest; then where it comes from."""
+    lines = [_headline(fingerprint)]
+    for name, tower in fingerprint.towers.items():
+        lines += ["", *_tower_rows(name, tower, titled=len(fingerprint.towers) > 1)]
+    lines += ["", _run_line(fingerprint)]
+    lines += [f"caveat: {printable(caveat)}" for caveat in fingerprint.caveats]
+    return "\n".join(lines)
+
+
+def plan_line(plan: Plan) -> str:
+    """The plan in one line."""
+    return (
+        f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {len(plan.steps)} "
+        f"reads, {plan.threads} threads, at most {size(plan.needed_bytes)} of {size(plan.memory_bytes)} memory"
+    )
+
+
+def plan_table(plan: Plan) -> str:
+    """What is read, in order; what is skipped, by pattern; totals."""
+    shards = plan.checkpoint.shards
+    lines = [plan_line(plan), "", f"{'tower':<9}{'layer':>5}  {'roles':<6} {'bytes':>14}  tensor"]
+    for task in plan.tasks:
+        roles = "".join(str(p.role).upper() for p in task.projections)
+        again = "  (read twice: LayerNorm)" if task.second_read else ""
+        nbytes = sum(p.view.nbytes for p in task.projections)
+        lines.append(
+            f"{task.tower:<9}{task.layer:>5}  {roles:<6} {nbytes:>14,}  {printable(task.tensor.name)}"
+            f" in {printable(shards[task.tensor.shard].path.name)}{again}"
+        )
+    lines += ["", f"{'skipped':<8}{'bytes':>17}  pattern"]
+    for each in plan.skipped:
+        lines.append(f"{each['count']:>7,} {each['bytes']:>17,}  {printable(str(each['pattern']))} ({each['reason']})")
+    stored = sum(shard.nbytes for shard in shards)
+    lines += [
+        "",
+        f"reads {plan.total_bytes:,} of {stored:,} bytes ({100 * plan.total_bytes / max(stored, 1):.1f} %): "
+        f"attention {plan.attention_bytes:,}, norm gains {plan.gain_bytes:,}, headers {plan.header_bytes:,}, "
+        f"second read {plan.second_read_bytes:,}",
+    ]
+    lines += [f"caveat: {printable(caveat)}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
+    return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes in decimal units, three digits."""
+    power = min(4, max(0, (len(str(nbytes)) - 1) // 3))
+    return f"{nbytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def printable(text: str) -> str:
+    """Text from a stranger's file, without the control characters that could drive a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _headline(fingerprint: Fingerprint) -> str:
+    main = fingerprint.main
+    heads = "heads unknown" if main.heads is None else f"{main.heads} heads of {main.head_dim}, {main.kv_heads} kv"
+    return (
+        f"{printable(str(fingerprint.source['name']))}: {fingerprint.architecture}, {len(main.layers)} layers, "
+        f"hidden {main.hidden_size}, {heads}"
+    )
+
+
+def _tower_rows(name: str, tower: TowerFingerprint, *, titled: bool) -> list[str]:
+    columns = {role.value: tower.std[role.value] for role in ROLES}
+    largest = {role: max((s for s in column if s is not None), default=0.0) for role, column in columns.items()}
+    cell = 9 + 1 + _BAR_WIDTH
+    lines = [f"{name} tower"] if titled else []
+    lines.append("layer" + "".join(f"{'σ ' + role.upper():>9} {'':{_BAR_WIDTH}}" for role in columns).rstrip())
+    for row, layer in enumerate(tower.layers):
+        cells = [_cell(columns[role][row], largest[role]) for role in columns]
+        lines.append(f"{layer:>5}" + "".join(f"{text:<{cell}}" for text in cells).rstrip())
+    return lines
+
+
+def _cell(std: float | None, largest: float) -> str:
+    if std is None:
+        return f"{'-':>9}"
+    number = f"{std:>9.6f}" if std < 100 else f"{std:>9.3g}"
+    return f"{number} {_bar(std / largest if largest else 0.0)}"
+
+
+def _bar(share: float) -> str:
+    """A horizontal bar; plain characters where the terminal has no Unicode."""
+    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return "#" * round(share * _BAR_WIDTH)
+    full, part = divmod(round(share * _BAR_WIDTH * 8), 8)
+    return (_EIGHTHS[8] * full + _EIGHTHS[part]).rstrip()
+
+
+def _run_line(fingerprint: Fingerprint) -> str:
+    run = fingerprint.run
+    seconds = float(run["seconds"])
+    rate = run["bytes_read"] / seconds / 1e9 if seconds else 0.0
+    parts: Sequence[str] = (
+        f"read {size(run['bytes_read'])} of {size(run['bytes_total'])} in {seconds:.2f} s, {rate:.2f} GB/s",
+        f"{run['backend']} ({run['simd']}), {run['reader']}, {run['threads']} threads",
+        f"peak memory {size(run['peak_rss_bytes'])}",
+    )
+    return "; ".join(parts) + f"\ndigest {fingerprint.digest}"
