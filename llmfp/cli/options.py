@@ -14,16 +14,11 @@ from llmfp.reader import READERS
 Command = Callable[..., Any]
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes with an optional unit."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return value if isinstance(value, int) else parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
@@ -47,7 +42,7 @@ def reading_options(command: Command) -> Command:
             ),
             click.option("--threads", type=click.IntRange(1, 1024), help="Threads; default: one per core."),
             click.option(
-                "--memory", "memory_bytes", type=Size(), default="512MiB", show_default=True,
+                "--memory", "memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
                 help="Bound on resident memory, beyond what planning takes.",
             ),
         )
