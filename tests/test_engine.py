@@ -1,0 +1,269 @@
+"""The same checkpoint gives bit-identical numbers whatever the threads, the budget, the reader and the shard split;
+memory stays under the budget; every byte of attention is read once and no other weight byte is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+
+from llmfp import api, engine
+from llmfp.api import scan
+from llmfp.errors import CheckpointError, PlanError
+from llmfp.kernels import Backend, load
+from llmfp.plan import parse_size
+
+Tensors = dict[str, np.ndarray[Any, Any]]
+MEBIBYTE = 1 << 20
+
+
+def llama(layers: int, hidden: int, kv: int, seed: int = 0) -> Tensors:
+    """A Llama-shaped checkpoint with bf16 bits, and MLP weights that nobody should read."""
+    rng = np.random.default_rng(seed)
+
+    def bf16(*shape: int, scale: float) -> np.ndarray[Any, Any]:
+        return (rng.normal(scale=scale, size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+    tensors: Tensors = {}
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        tensors[f"{block}.self_attn.q_proj.weight"] = bf16(hidden, hidden, scale=0.02)
+        tensors[f"{block}.self_attn.k_proj.weight"] = bf16(kv, hidden, scale=0.03)
+        tensors[f"{block}.self_attn.v_proj.weight"] = bf16(kv, hidden, scale=0.01)
+        tensors[f"{block}.self_attn.o_proj.weight"] = bf16(hidden, hidden, scale=0.015)
+        tensors[f"{block}.input_layernorm.weight"] = bf16(hidden, scale=1.0)
+        tensors[f"{block}.mlp.up_proj.weight"] = bf16(64, hidden, scale=1.0)
+    return tensors
+
+
+def write(path: Path, tensors: Tensors, **config: Any) -> Path:
+    """A directory with these tensors as one BF16 (or F32) file and a config."""
+    path.mkdir(parents=True, exist_ok=True)
+    write_file(path / "model.safetensors", tensors)
+    if config:
+        (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def write_file(path: Path, tensors: Tensors) -> None:
+    dtypes = {np.dtype(np.uint16): "bfloat16", np.dtype(np.float32): "float32"}
+    entries = {n: {"dtype": dtypes[t.dtype], "shape": t.shape, "data": t.tobytes()} for n, t in tensors.items()}
+    safetensors.serialize_file(entries, str(path), {"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    return llama(layers=3, hidden=1056, kv=96)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tensors: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("llama"), tensors, num_attention_heads=11, model_type="llama")
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+@pytest.mark.parametrize("threads", [1, 2, 7])
+@pytest.mark.parametrize("memory", ["96MiB", "4GiB"])
+def test_digest_does_not_depend_on_how_it_was_read(
+    checkpoint: Path, backend: Backend, reader: str, threads: int, memory: str
+) -> None:
+    if backend.name == "triton_gpu":
+        pytest.skip("a scan under the interpreter takes minutes; its kernels are tested by themselves")
+    budget = parse_size(memory) + backend.library_bytes
+    once = scan(checkpoint, backend=backend.name, reader="pread", threads=1)
+    again = scan(checkpoint, backend=backend.name, reader=reader, threads=threads, memory_bytes=budget)
+    assert again.digest == once.digest
+    assert again.towers == once.towers
+
+
+def test_digest_does_not_depend_on_the_shard_split(checkpoint: Path, tensors: Tensors, tmp_path: Path) -> None:
+    names = sorted(tensors)
+    shards = [names[0::3], names[1::3], names[2::3]]
+    index = {}
+    for number, part in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-00003.safetensors"
+        write_file(tmp_path / file, {name: tensors[name] for name in part})
+        index |= dict.fromkeys(part, file)
+    loose = scan(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    indexed = scan(tmp_path)
+    assert loose.digest == indexed.digest == scan(checkpoint).digest
+
+
+def test_every_attention_byte_is_read_once_and_no_other(
+    checkpoint: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[int] = []
+    preadv = os.preadv
+
+    def counted(*arguments: Any) -> int:
+        got.append(preadv(*arguments))
+        return got[-1]
+
+    monkeypatch.setattr(os, "preadv", counted)
+    fingerprint = scan(checkpoint, reader="pread")
+    wanted = sum(t.nbytes for name, t in tensors.items() if "self_attn" in name or "layernorm" in name)
+    header = 8 + int.from_bytes((checkpoint / "model.safetensors").read_bytes()[:8], "little")
+    assert sum(got) == wanted
+    assert fingerprint.run["bytes_read"] == wanted + header
+
+
+def test_statistics_equal_a_plain_computation(checkpoint: Path, tensors: Tensors, backend: Backend) -> None:
+    if backend.name == "triton_gpu":
+        pytest.skip("a scan under the interpreter takes minutes; its kernels are tested by themselves")
+    fingerprint = scan(checkpoint, backend=backend.name)
+    heads = fingerprint.main.head_std("k")
+    for layer in range(3):
+        block = f"model.layers.{layer}"
+        for role in "qkvo":
+            stored = tensors[f"{block}.self_attn.{role}_proj.weight"]
+            w = (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            kept = fingerprint.main.statistics[role][layer]
+            assert kept is not None
+            assert kept.std == pytest.approx(w.std(), rel=1e-6)
+            assert kept.mean == pytest.approx(w.mean(), abs=1e-6 * w.std())
+            assert kept.abs_max == np.abs(w).max()
+            assert kept.count == w.size
+            if role == "k":
+                assert heads[layer] == pytest.approx([w[:96].std()], rel=1e-6)
+
+
+def test_memory_stays_under_the_budget_on_a_checkpoint_several_times_larger(tmp_path: Path) -> None:
+    """The contract: peak resident set minus that of `plan` on the same source, with 6 MiB of measurement slack."""
+    path = write(tmp_path, llama(layers=8, hidden=2560, kv=512), num_attention_heads=20, model_type="llama")
+    stored = (path / "model.safetensors").stat().st_size
+    budget = 32 * MEBIBYTE
+    assert stored > 6 * budget
+    planned = peak_of("plan", str(path), "--memory", "32MiB")
+    for reader in ("mmap", "pread"):
+        scanned = peak_of("scan", str(path), "--memory", "32MiB", "--reader", reader)
+        assert scanned - planned <= budget + 6 * MEBIBYTE, reader
+
+
+def peak_of(*arguments: str) -> int:
+    """Peak resident bytes of one command in a process of its own, as the kernel counted them."""
+    program = (
+        "import sys; from llmfp.__main__ import main; code = main(sys.argv[1:]);"
+        "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-2]) * 1024
+
+
+def test_a_budget_too_small_is_refused_before_reading_and_names_the_tensor(checkpoint: Path) -> None:
+    with pytest.raises(PlanError, match=r"tensor 'model\.layers\.\d\.self_attn\.[qo]_proj\.weight' needs .* MiB|MiB"):
+        scan(checkpoint, memory_bytes=4 * MEBIBYTE)
+
+
+def test_the_budget_that_the_refusal_asks_for_is_enough(checkpoint: Path) -> None:
+    with pytest.raises(PlanError) as refused:
+        scan(checkpoint, memory_bytes=1)
+    needed = refused.value.hint.split()[3]
+    assert scan(checkpoint, memory_bytes=parse_size(needed)).digest == scan(checkpoint).digest
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_that_names_it(
+    tensors: Tensors, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, tensors, num_attention_heads=11, model_type="llama")
+    shrink_after_first_step(path / "model.safetensors", monkeypatch)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: (tensor '.*' could not be read|the file changed)"):
+        scan(path, reader=reader, threads=1)
+
+
+@pytest.mark.parametrize("reader", ["mmap", "pread"])
+def test_a_file_rewritten_while_it_is_read_is_an_error_that_names_it(
+    tensors: Tensors, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, tensors, num_attention_heads=11, model_type="llama")
+    file = path / "model.safetensors"
+    take = engine._Scan._take
+
+    def take_and_touch(self: engine._Scan) -> int | None:
+        os.utime(file, ns=(1, 1))
+        return take(self)
+
+    monkeypatch.setattr(engine._Scan, "_take", take_and_touch)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file changed"):
+        scan(path, reader=reader)
+
+
+def shrink_after_first_step(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = engine._Scan._take, iter(range(1000))
+
+    def take_and_truncate(self: engine._Scan) -> int | None:
+        if next(calls) == 1:
+            os.truncate(file, 4096)
+        return take(self)
+
+    monkeypatch.setattr(engine._Scan, "_take", take_and_truncate)
+
+
+def test_non_finite_values_null_the_std_with_a_caveat_and_nothing_else(tensors: Tensors, tmp_path: Path) -> None:
+    broken = dict(tensors)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    broken[name] = tensors[name].copy()
+    broken[name][5, 7], broken[name][90, 1000] = 0x7FC0, 0x7F80
+    fingerprint = scan(write(tmp_path, broken, num_attention_heads=11, model_type="llama"))
+    assert fingerprint.std["v"][1] is None
+    assert fingerprint.mean["v"][1] is None
+    kept = fingerprint.main.statistics["v"][1]
+    assert kept is not None
+    assert kept.nonfinite == 2
+    assert any(name in caveat and "2 non-finite" in caveat for caveat in fingerprint.caveats)
+    assert [s is None for s in fingerprint.std["v"]] == [False, True, False]
+    assert None not in fingerprint.std["q"]
+
+
+def test_an_interrupt_stops_the_workers_and_comes_through(checkpoint: Path) -> None:
+    seen: list[Any] = []
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    class Slow(type(load("reference"))):  # type: ignore[misc]
+        """Holds every chunk until the main thread has been interrupted."""
+
+        def marginals(self, chunk: Any) -> Any:
+            seen.append(chunk)
+            stopping.wait_until_stopped()
+            return super().marginals(chunk)
+
+    class Stopping:
+        scan: engine._Scan | None = None
+
+        def wait_until_stopped(self) -> None:
+            while self.scan is not None and not self.scan.stop:
+                pass
+
+    stopping = Stopping()
+    original = engine._Scan.__init__
+
+    def remember(self: engine._Scan, *arguments: Any) -> None:
+        original(self, *arguments)
+        stopping.scan = self
+
+    slow = Slow()
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(engine._Scan, "__init__", remember)
+        context.setattr(api, "select", lambda _name: slow)
+        with pytest.raises(KeyboardInterrupt):
+            scan(checkpoint, reader="pread", threads=2, progress=interrupt)
+    assert len(seen) <= 2
+
+
+def test_progress_reaches_the_total(checkpoint: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    scan(checkpoint, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1][0] == calls[-1][1] > 0
+    assert calls == sorted(calls)
