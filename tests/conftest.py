@@ -1,0 +1,47 @@
+"""Fixtures that every test file may use: the back ends, and the data beside the project."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from llmfp.kernels import BACKENDS, Backend, load
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REQUIRE = "LLMFP_REQUIRE"
+"""Back ends, comma-separated, whose absence is a failure and not a skip: a machine that has them must test them."""
+
+
+def pytest_configure() -> None:
+    if unknown := _required() - set(BACKENDS):
+        raise pytest.UsageError(f"{REQUIRE} names unknown back ends: {', '.join(sorted(unknown))}")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each back end in turn; one that cannot run here skips, saying why, unless LLMFP_REQUIRE names it."""
+    name = request.param
+    if importlib.util.find_spec(f"llmfp.kernels.{name}") is None:
+        reason: str | None = "not written yet"
+    else:
+        chosen = load(name)
+        if (reason := chosen.why_unavailable()) is None:
+            return chosen
+    if name in _required():
+        pytest.fail(f"{REQUIRE} names {name}, which cannot run here: {reason}")
+    pytest.skip(f"{name} cannot run here: {reason}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """../shared/data: real tensor names, slices of real checkpoints, small trained models. Not part of the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is not here")
+    return SHARED_DATA
+
+
+def _required() -> set[str]:
+    return {name.strip() for name in os.environ.get(REQUIRE, "").split(",")} - {""}
