@@ -4,7 +4,6 @@ memory stays under the budget; every byte of attention is read once and no other
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,50 +12,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
+from numpy.typing import NDArray
 
 from llmfp import api, engine
 from llmfp.api import scan
 from llmfp.errors import CheckpointError, PlanError
 from llmfp.kernels import Backend, load
 from llmfp.plan import parse_size
+from tests.checkpoints import Stored, as_bf16, write_model
 
-Tensors = dict[str, np.ndarray[Any, Any]]
+Tensors = dict[str, Stored]
 MEBIBYTE = 1 << 20
+CONFIG = {"num_attention_heads": 11, "model_type": "llama"}
 
 
 def llama(layers: int, hidden: int, kv: int, seed: int = 0) -> Tensors:
-    """A Llama-shaped checkpoint with bf16 bits, and MLP weights that nobody should read."""
+    """A Llama-shaped bf16 checkpoint, with MLP weights that nobody should read."""
     rng = np.random.default_rng(seed)
-
-    def bf16(*shape: int, scale: float) -> np.ndarray[Any, Any]:
-        return (rng.normal(scale=scale, size=shape).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
+    shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
     tensors: Tensors = {}
     for layer in range(layers):
         block = f"model.layers.{layer}"
-        tensors[f"{block}.self_attn.q_proj.weight"] = bf16(hidden, hidden, scale=0.02)
-        tensors[f"{block}.self_attn.k_proj.weight"] = bf16(kv, hidden, scale=0.03)
-        tensors[f"{block}.self_attn.v_proj.weight"] = bf16(kv, hidden, scale=0.01)
-        tensors[f"{block}.self_attn.o_proj.weight"] = bf16(hidden, hidden, scale=0.015)
-        tensors[f"{block}.input_layernorm.weight"] = bf16(hidden, scale=1.0)
-        tensors[f"{block}.mlp.up_proj.weight"] = bf16(64, hidden, scale=1.0)
+        for number, (role, shape) in enumerate(shapes.items(), 1):
+            drawn = rng.standard_normal(shape, np.float32) * np.float32(0.01 * number)
+            tensors[f"{block}.self_attn.{role}_proj.weight"] = as_bf16(drawn)
+        tensors[f"{block}.input_layernorm.weight"] = as_bf16(rng.uniform(0.5, 2, hidden))
+        tensors[f"{block}.mlp.up_proj.weight"] = as_bf16(rng.standard_normal((64, hidden), np.float32))
     return tensors
 
 
-def write(path: Path, tensors: Tensors, **config: Any) -> Path:
-    """A directory with these tensors as one BF16 (or F32) file and a config."""
-    path.mkdir(parents=True, exist_ok=True)
-    write_file(path / "model.safetensors", tensors)
-    if config:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def write_file(path: Path, tensors: Tensors) -> None:
-    dtypes = {np.dtype(np.uint16): "bfloat16", np.dtype(np.float32): "float32"}
-    entries = {n: {"dtype": dtypes[t.dtype], "shape": t.shape, "data": t.tobytes()} for n, t in tensors.items()}
-    safetensors.serialize_file(entries, str(path), {"format": "pt"})
+def decoded(stored: Stored) -> NDArray[np.float64]:
+    bits = np.frombuffer(stored.content, np.uint16).astype(np.uint32) << 16
+    return bits.view(np.float32).astype(np.float64).reshape(stored.shape)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +53,7 @@ def tensors() -> Tensors:
 
 @pytest.fixture(scope="module")
 def checkpoint(tensors: Tensors, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("llama"), tensors, num_attention_heads=11, model_type="llama")
+    return write_model(tmp_path_factory.mktemp("llama"), tensors, CONFIG)
 
 
 @pytest.mark.parametrize("reader", ["mmap", "pread"])
@@ -85,17 +72,10 @@ def test_digest_does_not_depend_on_how_it_was_read(
 
 
 def test_digest_does_not_depend_on_the_shard_split(checkpoint: Path, tensors: Tensors, tmp_path: Path) -> None:
-    names = sorted(tensors)
-    shards = [names[0::3], names[1::3], names[2::3]]
-    index = {}
-    for number, part in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-00003.safetensors"
-        write_file(tmp_path / file, {name: tensors[name] for name in part})
-        index |= dict.fromkeys(part, file)
-    loose = scan(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    indexed = scan(tmp_path)
-    assert loose.digest == indexed.digest == scan(checkpoint).digest
+    split = write_model(tmp_path, tensors, CONFIG, shards=3)
+    indexed = scan(split)
+    (split / "model.safetensors.index.json").unlink()
+    assert scan(split).digest == indexed.digest == scan(checkpoint).digest
 
 
 def test_every_attention_byte_is_read_once_and_no_other(
@@ -110,7 +90,7 @@ def test_every_attention_byte_is_read_once_and_no_other(
 
     monkeypatch.setattr(os, "preadv", counted)
     fingerprint = scan(checkpoint, reader="pread")
-    wanted = sum(t.nbytes for name, t in tensors.items() if "self_attn" in name or "layernorm" in name)
+    wanted = sum(len(t.content) for name, t in tensors.items() if "self_attn" in name or "layernorm" in name)
     header = 8 + int.from_bytes((checkpoint / "model.safetensors").read_bytes()[:8], "little")
     assert sum(got) == wanted
     assert fingerprint.run["bytes_read"] == wanted + header
@@ -124,8 +104,7 @@ def test_statistics_equal_a_plain_computation(checkpoint: Path, tensors: Tensors
     for layer in range(3):
         block = f"model.layers.{layer}"
         for role in "qkvo":
-            stored = tensors[f"{block}.self_attn.{role}_proj.weight"]
-            w = (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            w = decoded(tensors[f"{block}.self_attn.{role}_proj.weight"])
             kept = fingerprint.main.statistics[role][layer]
             assert kept is not None
             assert kept.std == pytest.approx(w.std(), rel=1e-6)
@@ -138,7 +117,7 @@ def test_statistics_equal_a_plain_computation(checkpoint: Path, tensors: Tensors
 
 def test_memory_stays_under_the_budget_on_a_checkpoint_several_times_larger(tmp_path: Path) -> None:
     """The contract: peak resident set minus that of `plan` on the same source, with 6 MiB of measurement slack."""
-    path = write(tmp_path, llama(layers=8, hidden=2560, kv=512), num_attention_heads=20, model_type="llama")
+    path = write_model(tmp_path, llama(layers=8, hidden=2560, kv=512), CONFIG | {"num_attention_heads": 20})
     stored = (path / "model.safetensors").stat().st_size
     budget = 32 * MEBIBYTE
     assert stored > 6 * budget
@@ -174,7 +153,7 @@ def test_the_budget_that_the_refusal_asks_for_is_enough(checkpoint: Path) -> Non
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_that_names_it(
     tensors: Tensors, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, tensors, num_attention_heads=11, model_type="llama")
+    path = write_model(tmp_path, tensors, CONFIG)
     shrink_after_first_step(path / "model.safetensors", monkeypatch)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: (tensor '.*' could not be read|the file changed)"):
         scan(path, reader=reader, threads=1)
@@ -184,7 +163,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_that_names_it(
 def test_a_file_rewritten_while_it_is_read_is_an_error_that_names_it(
     tensors: Tensors, tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, tensors, num_attention_heads=11, model_type="llama")
+    path = write_model(tmp_path, tensors, CONFIG)
     file = path / "model.safetensors"
     take = engine._Scan._take
 
@@ -211,9 +190,10 @@ def shrink_after_first_step(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_non_finite_values_null_the_std_with_a_caveat_and_nothing_else(tensors: Tensors, tmp_path: Path) -> None:
     broken = dict(tensors)
     name = "model.layers.1.self_attn.v_proj.weight"
-    broken[name] = tensors[name].copy()
-    broken[name][5, 7], broken[name][90, 1000] = 0x7FC0, 0x7F80
-    fingerprint = scan(write(tmp_path, broken, num_attention_heads=11, model_type="llama"))
+    bits = np.frombuffer(tensors[name].content, np.uint16).reshape(tensors[name].shape).copy()
+    bits[5, 7], bits[90, 1000] = 0x7FC0, 0x7F80
+    broken[name] = Stored("BF16", bits.shape, bits.tobytes())
+    fingerprint = scan(write_model(tmp_path, broken, CONFIG))
     assert fingerprint.std["v"][1] is None
     assert fingerprint.mean["v"][1] is None
     kept = fingerprint.main.statistics["v"][1]

@@ -1,0 +1,30 @@
+"""Types of the C++ extension; kernels/native/module.cpp says what each function does."""
+
+from collections.abc import Sequence
+
+from llmfp.marginals import Buffer
+
+def levels() -> tuple[str, ...]: ...
+def marginals(
+    level: str,
+    data: Buffer,
+    dtype: str,
+    rows: int,
+    cols: int,
+    offset_bytes: int,
+    row_stride_bytes: int,
+    unit_rows: int,
+    col_weight: Buffer | None,
+    row_weight: Buffer | None,
+    cross: bool,
+    /,
+) -> tuple[bytes, bytes, bytes, bytes, bytes | None, bytes | None, bytes | None, float, int]: ...
+def merge(level: str, parts: Sequence[tuple[tuple[int, ...], Buffer, Buffer]], /) -> tuple[bytes, bytes]: ...
+def add(parts: Sequence[Buffer], cols: int, /) -> bytes: ...
+def pool(mean: Buffer, m2: Buffer, count: int, block: int, /) -> tuple[bytes, bytes]: ...
+def log_rms(
+    mean: Buffer, m2: Buffer, count: int, weight: Buffer | None, cross: Buffer | None, centre_square: float, /
+) -> bytes: ...
+def copy(source: Buffer, offset: int, into: Buffer, /) -> None: ...
+def populate(mapped: Buffer, offset: int, nbytes: int, /) -> None: ...
+def release(mapped: Buffer, offset: int, nbytes: int, /) -> None: ...
