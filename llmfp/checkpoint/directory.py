@@ -42,8 +42,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             files, index, directory = [_weight_file(path)], None, path.parent
         else:
             raise CheckpointError(f"{path}: no such file or directory", hint=_hint_for_missing(path))
-    except PermissionError:
-        raise CheckpointError(f"{path}: permission denied") from None
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
     shards: list[Shard] = []
     tensors: dict[str, TensorSpec] = {}
     caveats: list[str] = []
@@ -57,8 +57,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors[spec.name] = spec
     if index is not None:
         caveats += _check_index(index, files, tensors, directory / INDEX)
-    config = _read_config(directory / "config.json")
-    return Checkpoint(path, tuple(shards), tensors, config, _revision(directory), tuple(caveats))
+    return Checkpoint(path, tuple(shards), tensors, _read_config(directory), _revision(directory), tuple(caveats))
 
 
 def _weight_file(path: Path) -> Path:
@@ -118,7 +117,7 @@ def _check_numbered(path: Path, names: Iterable[str]) -> None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = _read_json(path, strict_json.MAX_BYTES).get("weight_map")
+    weight_map = strict_json.parse_object(_read_small(path, strict_json.MAX_BYTES), str(path)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():
@@ -147,20 +146,25 @@ def _check_index(
     return []
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    return _read_json(path, _CONFIG_BYTES) if path.exists() else {}
+def _read_config(directory: Path) -> dict[str, Any]:
+    """config.json, or the params.json of Mistral's own layout, or nothing. Python's writers put Infinity into them."""
+    for path in (directory / "config.json", directory / "params.json"):
+        if path.exists():
+            return strict_json.parse_object(_read_small(path, _CONFIG_BYTES), str(path), constants=True)
+    return {}
 
 
-def _read_json(path: Path, limit: int) -> dict[str, Any]:
+def _read_small(path: Path, limit: int) -> bytes:
     try:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise CheckpointError(f"{path}: not a regular file")
         size = path.stat().st_size
         if size > limit:
             raise CheckpointError(f"{path}: {size} bytes is over the limit of {limit}")
         with path.open("rb") as file:
-            text = file.read(limit + 1)
+            return file.read(limit + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    return strict_json.parse_object(text, str(path))
 
 
 def _revision(directory: Path) -> str | None:

@@ -17,6 +17,7 @@ from llmfp.errors import CheckpointError
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_INT = 2**63 - 1
+_MAX_RANK = 64
 
 
 def read_header(path: Path, shard: int) -> tuple[Shard, list[TensorSpec]]:
@@ -58,14 +59,21 @@ def _tensors(header: dict[str, Any], path: Path, shard: int, data_start: int) ->
         where = f"{path}: tensor {name!r}"
         if not isinstance(entry, dict) or not entry.keys() >= _FIELDS:
             raise CheckpointError(f"{where}: dtype, shape or data_offsets is missing")
+        if any(isinstance(entry[field], dict | list) for field in entry.keys() - _FIELDS):
+            raise CheckpointError(f"{where}: fields other than {', '.join(sorted(_FIELDS))} must be plain values")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_BITS:
             raise CheckpointError(f"{where}: unknown dtype {str(dtype)[:40]!r}")
         if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
             raise CheckpointError(f"{where}: shape and data_offsets must be lists of non-negative integers")
+        if len(shape) > _MAX_RANK:
+            raise CheckpointError(f"{where}: {len(shape)} dimensions are more than {_MAX_RANK}")
         start, stop = offsets
+        # A zero must not hide dimensions whose product overflows whatever reads the file next.
+        if math.prod(filter(None, shape)) * ITEM_BITS[dtype] > 8 * _MAX_INT:
+            raise CheckpointError(f"{where}: shape {shape} of {dtype} is beyond {_MAX_INT} bytes")
         bits = math.prod(shape) * ITEM_BITS[dtype]
-        if bits % 8 or bits // 8 > _MAX_INT:
+        if bits % 8:
             raise CheckpointError(f"{where}: shape {shape} of {dtype} is no whole number of bytes")
         if stop - start != bits // 8:
             raise CheckpointError(f"{where}: shape {shape} of {dtype} needs {bits // 8} bytes, has {stop - start}")
