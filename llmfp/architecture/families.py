@@ -13,6 +13,7 @@ A family file says how attention tensors are named and what the norms around the
           "qkv": "attn.c_attn.weight",              one tensor: Q rows, then K rows, then V rows
           "stored": "in_out",                       Conv1D: [in, out]; default [out, in]
           "witness": "mlp.c_fc_0.weight",           a name that look-alikes lack
+          "draft": "eh_proj.weight",                a name only multi-token-prediction layers have, which are left out
           "norm": {
             "kind": "layer" | "rms",
             "before": "ln_1.weight",                gain in front of Q, K, V
@@ -74,6 +75,7 @@ class Family:
 PARTS = (*(str(role) for role in ROLES), "qkv")
 NORM_PARTS = ("before", "after")
 WITNESS = "witness"
+DRAFT = "draft"
 
 
 @cache
@@ -111,7 +113,7 @@ def _inherited(name: str, raw: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def _family(name: str, raw: Mapping[str, Any]) -> Family:
     towers = {}
     for tower, names in raw["towers"].items():
-        parts = {part: names[part] for part in (*PARTS, WITNESS) if part in names}
+        parts = {part: names[part] for part in (*PARTS, WITNESS, DRAFT) if part in names}
         parts |= {part: names["norm"][part] for part in NORM_PARTS if part in names["norm"]}
         towers[tower] = TowerNames(
             blocks=tuple(names["blocks"]),

@@ -10,21 +10,30 @@ import difflib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmfp.architecture.families import NORM_PARTS, PARTS, WITNESS, Family, Slot, TowerNames, families, slots
+from llmfp.architecture.families import DRAFT, NORM_PARTS, PARTS, WITNESS, Family, Slot, TowerNames, families, slots
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.errors import ArchitectureError, EncodingError
+from llmfp.errors import ArchitectureError, EncodingError, LlmfpError
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
 _HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "scales", "qscale_weight", "SCB", "weight.absmax")
+_SCALES = (
+    "weight_scale", "weight_scale_inv", "weight_scale_2", "scale", "scales", "scale_weight", "qscale_weight", "SCB",
+    "weight.absmax",
+)  # fmt: skip
+_PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q": "HQQ", "trellis": "EXL3"}
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FLOATS_8BIT = ("F8_E4M3", "F8_E5M2")
 _CLOSEST = 6
+_DRAFT_REASON = "multi-token prediction, not a decoder layer"
+_MOST_NAMES, _LONGEST_NAME, _LONGEST_PART = 20_000, 200, 40
 
 
 class _Found(NamedTuple):
@@ -42,11 +51,10 @@ def match(checkpoint: Checkpoint) -> AttentionMap:
     config = _text_config(checkpoint.config)
     family = _choose(candidates, _model_types(checkpoint.config))
     if family is None:
-        raise ArchitectureError(
-            f"{checkpoint.path}: no attention weights recognised{_closest(checkpoint.tensors)}",
-            hint="llmfp knows the families in llmfp/architecture/families; CONTRIBUTING.md says how to add one",
-        )
-    found = _one_stack_per_tower(found for found in candidates if found.slot.family == family.name)
+        raise _unrecognised(checkpoint)
+    found = [found for found in candidates if found.slot.family == family.name]
+    drafts = {(each.block, each.layer) for each in found if each.slot.part == DRAFT}
+    found = _one_stack_per_tower(each for each in found if (each.block, each.layer) not in drafts)
     caveats = _config_caveats(checkpoint, family, config, found)
     towers = []
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
@@ -55,6 +63,7 @@ def match(checkpoint: Checkpoint) -> AttentionMap:
     used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
     used |= {p.gain.tensor.name for tower in towers for p in tower.projections if p.gain}
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
+    skipped |= {c.spec.name: _DRAFT_REASON for c in candidates if (c.block, c.layer) in drafts}
     return AttentionMap(family.name, tuple(towers), skipped, tuple(caveats))
 
 
@@ -75,13 +84,15 @@ def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
 
 
 def _choose(candidates: Iterable[_Found], model_types: set[str]) -> Family | None:
-    """The family the config names, if its tensors are there; else the one that explains most tensors."""
+    """The family the config names, if its tensors are there; else the one that explains most attention tensors, then
+    most tensors."""
     explained: Counter[str] = Counter()
-    with_attention, with_witness = set(), set()
+    with_attention: Counter[str] = Counter()
+    with_witness = set()
     for found in candidates:
         explained[found.slot.family] += 1
         if found.slot.part in PARTS:
-            with_attention.add(found.slot.family)
+            with_attention[found.slot.family] += 1
         if found.slot.part == WITNESS:
             with_witness.add(found.slot.family)
     known = families()
@@ -91,7 +102,13 @@ def _choose(candidates: Iterable[_Found], model_types: set[str]) -> Family | Non
 
     ranked = sorted(
         filter(possible, with_attention),
-        key=lambda name: (not known[name].model_types & model_types, -explained[name], not known[name].generic, name),
+        key=lambda name: (
+            not known[name].model_types & model_types,
+            -with_attention[name],
+            -explained[name],
+            not known[name].generic,
+            name,
+        ),
     )
     return known[ranked[0]] if ranked else None
 
@@ -118,13 +135,23 @@ def _tower(
 ) -> Tower:
     by_layer: defaultdict[int, dict[str, TensorSpec]] = defaultdict(dict)
     for each in found:
+        if other := by_layer[each.layer].get(each.slot.part):
+            raise ArchitectureError(
+                f"{_file(checkpoint, each.spec)}: tensors {other.name!r} and {each.spec.name!r} "
+                f"are both the {each.slot.part} of {name} layer {each.layer}"
+            )
         by_layer[each.layer][each.slot.part] = each.spec
     views: dict[tuple[int, Role], WeightView] = {}
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
             if part in PARTS:
                 _check_readable(checkpoint, parts[part])
-        views |= {(layer, role): view for role, view in _views(checkpoint, parts, names.transposed).items()}
+        in_layer = _views(checkpoint, parts, names.transposed)
+        _check_shapes(checkpoint, in_layer)
+        views |= {(layer, role): view for role, view in in_layer.items()}
+    layers = {layer for layer, _ in views}
+    missing = Counter(role for role in ROLES for layer in layers if (layer, role) not in views)
+    caveats += [f"{count} of {len(layers)} {name} layers have no {role} projection" for role, count in missing.items()]
     heads, kv_heads, head_dim = _head_counts(views, config, caveats)
     projections = []
     for (layer, role), view in views.items():
@@ -153,15 +180,18 @@ def _split_concatenated(
     """Q, then K, then V along the outputs of one tensor. O reads what Q's heads put out, so O's shape gives Q's."""
     rows, cols = spec.shape
     outputs = cols if transposed else rows
-    q_outputs = o.inputs if o is not None else outputs // 3
-    kv_outputs, odd = divmod(outputs - q_outputs, 2)
+    if o is None:
+        raise ArchitectureError(
+            f"{_file(checkpoint, spec)}: tensor {spec.name!r} cannot be split without its layer's output projection"
+        )
+    kv_outputs, odd = divmod(outputs - o.inputs, 2)
     if odd or kv_outputs <= 0:
         raise ArchitectureError(
-            f"{checkpoint.shards[spec.shard].path}: tensor {spec.name!r} of shape {list(spec.shape)} "
-            f"does not split into {q_outputs} query outputs and equal keys and values"
+            f"{_file(checkpoint, spec)}: tensor {spec.name!r} of shape {list(spec.shape)} "
+            f"does not split into {o.inputs} query outputs and equal keys and values"
         )
     views, first = {}, 0
-    for role, size in ((Role.Q, q_outputs), (Role.K, kv_outputs), (Role.V, kv_outputs)):
+    for role, size in ((Role.Q, o.inputs), (Role.K, kv_outputs), (Role.V, kv_outputs)):
         shape = (rows, size) if transposed else (size, cols)
         start = first if transposed else first * cols
         views[role] = WeightView(spec, 1, *shape, start, rows * cols, cols, transposed)
@@ -169,8 +199,23 @@ def _split_concatenated(
     return views
 
 
+def _check_shapes(checkpoint: Checkpoint, views: Mapping[Role, WeightView]) -> None:
+    """Q puts out what O reads and K what V puts out, or, where keys and values differ in size per head, in proportion.
+
+    Raises ArchitectureError where they do not: a query fused with its gate (Qwen3-Next) is no query.
+    """
+    if len(views) < len(ROLES):
+        return
+    q, k, v, o = (views[role] for role in ROLES)
+    if q.outputs * v.outputs != o.inputs * k.outputs:
+        raise ArchitectureError(
+            f"{_file(checkpoint, q.tensor)}: tensor {q.tensor.name!r} has {q.outputs} outputs where {o.tensor.name!r} "
+            f"reads {o.inputs}, with {k.outputs} key and {v.outputs} value outputs; this layout is not known"
+        )
+
+
 def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
-    where = f"{checkpoint.shards[spec.shard].path}: tensor {spec.name!r}"
+    where = f"{_file(checkpoint, spec)}: tensor {spec.name!r}"
     if len(spec.shape) != 2:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)}; an attention projection has two dimensions")
     if 0 in spec.shape:
@@ -180,6 +225,11 @@ def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
     if scale is not None:
         raise EncodingError(
             f"{where} is quantised (its scales are in {scale!r}), which is not supported yet",
+            hint="scan the unquantised checkpoint",
+        )
+    if spec.dtype in _FLOATS_8BIT and "quantization_config" in checkpoint.config:
+        raise EncodingError(
+            f"{where} is {spec.dtype} and quantised, says config.json, but its scales were not found",
             hint="scan the unquantised checkpoint",
         )
     if spec.dtype not in (*_FLOATS, *_FLOATS_8BIT):
@@ -291,14 +341,38 @@ def _why_skipped(name: str) -> str:
     return "not attention"
 
 
+def _unrecognised(checkpoint: Checkpoint) -> LlmfpError:
+    """Why no family matched, as far as the names tell."""
+    for name, spec in checkpoint.tensors.items():
+        if ".lora_A." in name:
+            return ArchitectureError(
+                f"{_file(checkpoint, spec)}: tensor {name!r} belongs to a LoRA adapter, which is not a model",
+                hint="adapters are not supported yet; scan the base model, or the adapter merged into it",
+            )
+        if method := _PACKED.get(name.rpartition(".")[2]):
+            return EncodingError(
+                f"{_file(checkpoint, spec)}: tensor {name!r} is quantised ({method}), which is not supported yet",
+                hint="scan the unquantised checkpoint",
+            )
+    return ArchitectureError(
+        f"{checkpoint.path}: no attention weights recognised{_closest(checkpoint.tensors)}",
+        hint="llmfp knows the families in llmfp/architecture/families; CONTRIBUTING.md says how to add one",
+    )
+
+
 def _closest(names: Iterable[str]) -> str:
     """The stored names most like the ones looked for, for the error message."""
-    wanted = {part for template in slots() for part in template.split(".")[-2:-1]}
-    patterns = Counter(pattern(name) for name in names)
-    scored = []
-    for each in list(patterns)[:2000]:
-        parts = each.split(".")
-        likeness = [difflib.SequenceMatcher(None, part, want).ratio() for part in parts[-3:] for want in wanted]
-        scored.append((-max(likeness, default=0.0), each))
-    best = [each for _, each in sorted(scored)[:_CLOSEST]]
+    wanted = {template.split(".")[-2] for template, found in slots().items() if any(s.part in PARTS for s in found)}
+
+    @cache
+    def likeness(part: str) -> float:
+        return max(difflib.SequenceMatcher(None, part, want).ratio() for want in wanted)
+
+    patterns = list(dict.fromkeys(pattern(name)[-_LONGEST_NAME:] for name in islice(names, _MOST_NAMES)))
+    scored = sorted((-max(likeness(part[-_LONGEST_PART:]) for part in each.split(".")[-3:]), each) for each in patterns)
+    best = [each for _, each in scored[:_CLOSEST]]
     return "; closest names: " + ", ".join(best) if best else "; the checkpoint holds no tensor"
+
+
+def _file(checkpoint: Checkpoint, spec: TensorSpec) -> Path:
+    return checkpoint.shards[spec.shard].path
