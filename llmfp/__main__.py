@@ -6,15 +6,21 @@ items failed; 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 INTERRUPTED = 130
+_LONGEST_MESSAGE = 2000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line. Never lets a traceback through unless --debug asks for it."""
+    if sys.stdout is None:  # closed by the caller: what is opened next must not become standard output
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(sys.argv[1:] if arguments is None else list(arguments))
     except KeyboardInterrupt:
@@ -26,34 +32,48 @@ def _run(arguments: list[str]) -> int:
     import click
 
     from llmfp.cli import cli
-    from llmfp.errors import LlmfpError
 
     try:
         code = cli.main(args=arguments, prog_name="llmfp-fast", standalone_mode=False)
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.ClickException as error:
-        error.show()
-        return 2
+    except SystemExit:
+        return 0  # click's answer to a closed pipe: whoever reads our output has seen enough
     except click.Abort:
         raise KeyboardInterrupt from None
-    except BrokenPipeError:
-        # The reader of our output has seen enough; keep the interpreter from complaining about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except LlmfpError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("hint: this is a bug in llmfp; run again with --debug and report what it prints", file=sys.stderr)
-        return 2
+        return _explain(error, debug="--debug" in arguments)
+
+
+def _explain(error: Exception, *, debug: bool) -> int:
+    """One line that says what went wrong, one that says what to do; returns the exit code."""
+    import click
+
+    from llmfp.errors import LlmfpError
+    from llmfp.report import printable
+
+    code = 2
+    match error:
+        case LlmfpError():
+            message, hint, code = str(error), error.hint, error.exit_code
+        case click.UsageError() if error.format_message().startswith("Usage:"):
+            error.show()  # no command: the help
+            return code
+        case click.ClickException():
+            context = getattr(error, "ctx", None)
+            message, hint = error.format_message(), f"{context.command_path if context else 'llmfp-fast'} --help"
+        case OSError():
+            message, hint = f"{error.filename or 'standard output'}: {error.strerror or error}", ""
+        case _:
+            message = f"{type(error).__name__}: {error}"
+            hint = "this is a bug in llmfp; run again with --debug and report what it prints"
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {printable(message[:_LONGEST_MESSAGE])}", file=sys.stderr)
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

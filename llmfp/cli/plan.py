@@ -14,7 +14,7 @@ from llmfp.report import terminal
 
 
 @click.command("plan", short_help="Say what a scan would read and skip, without reading a weight.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path, readable=False))
 @json_option
 @reading_options
 @debug_option

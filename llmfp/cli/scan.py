@@ -13,11 +13,11 @@ from llmfp import api
 from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import SUFFIX, is_fingerprint
-from llmfp.report import terminal
+from llmfp.report import printable, terminal
 
 
 @click.command("scan", short_help="Fingerprint a checkpoint: σ of every attention matrix.")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path, readable=False))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Keep the fingerprint, as *{SUFFIX}.")
 @json_option
 @reading_options
@@ -41,7 +41,7 @@ def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **read
         return
     click.echo(terminal.fingerprint_table(fingerprint))
     if out is not None:
-        click.echo(f"kept in {out} ({out.stat().st_size:,} bytes)")
+        click.echo(f"kept in {printable(str(out))} ({out.stat().st_size:,} bytes)")
 
 
 def _check_writable(out: Path) -> None:

@@ -13,7 +13,7 @@ from llmfp.report import terminal
 
 
 @click.command("show", short_help="Print a saved fingerprint.")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False, readable=False))
 @json_option
 @debug_option
 def command(file: Path, as_json: bool) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from llmfp.architecture.specs import ROLES
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.plan import Plan
+from llmfp.report import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _BAR_WIDTH = 8
@@ -18,43 +18,43 @@ def fingerprint_table(fingerprint: Fingerprint) -> str:
     lines = [_headline(fingerprint)]
     for name, tower in fingerprint.towers.items():
         lines += ["", *_tower_rows(name, tower, titled=len(fingerprint.towers) > 1)]
-    lines += ["", _run_line(fingerprint)]
-    lines += [f"caveat: {printable(caveat)}" for caveat in fingerprint.caveats]
-    return "\n".join(lines)
+    lines += ["", *_run_lines(fingerprint)]
+    lines += [f"caveat: {caveat}" for caveat in fingerprint.caveats]
+    return "\n".join(map(printable, lines))
 
 
 def plan_line(plan: Plan) -> str:
     """The plan in one line."""
     return (
         f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {len(plan.steps)} "
-        f"reads, {plan.threads} threads, at most {size(plan.needed_bytes)} of {size(plan.memory_bytes)} memory"
+        f"reads, {plan.threads} threads, at most {size(plan.needed_bytes)} memory"
     )
 
 
 def plan_table(plan: Plan) -> str:
     """What is read, in order; what is skipped, by pattern; totals."""
-    shards = plan.checkpoint.shards
-    lines = [plan_line(plan), "", f"{'tower':<9}{'layer':>5}  {'roles':<6} {'bytes':>14}  tensor"]
+    lines = [plan_line(plan)]
+    tower = None
     for task in plan.tasks:
-        roles = "".join(str(p.role).upper() for p in task.projections)
-        again = "  (read twice: LayerNorm)" if task.second_read else ""
+        if task.tower != tower:
+            lines += ["", f"layer  {task.tower:<9} {'bytes':>15}  tensor"]
+            tower = task.tower
+        roles = "".join(str(p.role).upper() for p in task.projections) + (" twice" if task.second_read else "")
         nbytes = sum(p.view.nbytes for p in task.projections)
-        lines.append(
-            f"{task.tower:<9}{task.layer:>5}  {roles:<6} {nbytes:>14,}  {printable(task.tensor.name)}"
-            f" in {printable(shards[task.tensor.shard].path.name)}{again}"
-        )
-    lines += ["", f"{'skipped':<8}{'bytes':>17}  pattern"]
-    for each in plan.skipped:
-        lines.append(f"{each['count']:>7,} {each['bytes']:>17,}  {printable(str(each['pattern']))} ({each['reason']})")
-    stored = sum(shard.nbytes for shard in shards)
+        lines.append(f"{task.layer:>5}  {roles:<9} {nbytes:>15,}  {task.tensor.name}")
+    lines += ["", f"skipped {'bytes':>25}  pattern"]
+    lines += [
+        f"{each['count']:>7,} {each['bytes']:>25,}  {each['pattern']} ({each['reason']})" for each in plan.skipped
+    ]
+    stored = sum(shard.nbytes for shard in plan.checkpoint.shards)
     lines += [
         "",
-        f"reads {plan.total_bytes:,} of {stored:,} bytes ({100 * plan.total_bytes / max(stored, 1):.1f} %): "
-        f"attention {plan.attention_bytes:,}, norm gains {plan.gain_bytes:,}, headers {plan.header_bytes:,}, "
-        f"second read {plan.second_read_bytes:,}",
+        f"reads {plan.total_bytes:,} of {stored:,} bytes ({100 * plan.total_bytes / max(stored, 1):.1f} %):",
+        f"attention {plan.attention_bytes:,}, again for LayerNorm {plan.second_read_bytes:,}, "
+        f"norm gains {plan.gain_bytes:,}, headers {plan.header_bytes:,}",
     ]
-    lines += [f"caveat: {printable(caveat)}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
-    return "\n".join(lines)
+    lines += [f"caveat: {caveat}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
+    return "\n".join(map(printable, lines))
 
 
 def size(nbytes: int) -> str:
@@ -63,16 +63,11 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def printable(text: str) -> str:
-    """Text from a stranger's file, without the control characters that could drive a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
 def _headline(fingerprint: Fingerprint) -> str:
     main = fingerprint.main
     heads = "heads unknown" if main.heads is None else f"{main.heads} heads of {main.head_dim}, {main.kv_heads} kv"
     return (
-        f"{printable(str(fingerprint.source['name']))}: {fingerprint.architecture}, {len(main.layers)} layers, "
+        f"{fingerprint.source['name']}: {fingerprint.architecture}, {len(main.layers)} layers, "
         f"hidden {main.hidden_size}, {heads}"
     )
 
@@ -92,7 +87,7 @@ def _tower_rows(name: str, tower: TowerFingerprint, *, titled: bool) -> list[str
 def _cell(std: float | None, largest: float) -> str:
     if std is None:
         return f"{'-':>9}"
-    number = f"{std:>9.6f}" if std < 100 else f"{std:>9.3g}"
+    number = f"{std:>9.6f}" if std == 0 or 1e-3 <= std < 100 else f"{std:>9.2e}"
     return f"{number} {_bar(std / largest if largest else 0.0)}"
 
 
@@ -104,13 +99,13 @@ def _bar(share: float) -> str:
     return (_EIGHTHS[8] * full + _EIGHTHS[part]).rstrip()
 
 
-def _run_line(fingerprint: Fingerprint) -> str:
+def _run_lines(fingerprint: Fingerprint) -> list[str]:
     run = fingerprint.run
     seconds = float(run["seconds"])
     rate = run["bytes_read"] / seconds / 1e9 if seconds else 0.0
-    parts: Sequence[str] = (
-        f"read {size(run['bytes_read'])} of {size(run['bytes_total'])} in {seconds:.2f} s, {rate:.2f} GB/s",
-        f"{run['backend']} ({run['simd']}), {run['reader']}, {run['threads']} threads",
+    return [
+        f"read {size(run['bytes_read'])} of {size(run['bytes_total'])} in {seconds:.2f} s, {rate:.2f} GB/s; "
         f"peak memory {size(run['peak_rss_bytes'])}",
-    )
-    return "; ".join(parts) + f"\ndigest {fingerprint.digest}"
+        f"by {run['backend']} ({run['simd']}), {run['reader']}, {run['threads']} threads",
+        f"digest {fingerprint.digest}",
+    ]
