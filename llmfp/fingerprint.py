@@ -14,16 +14,19 @@ padded with NaN at the end.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
+from llmfp.checkpoint import strict_json
 from llmfp.engine import Statistics
-from llmfp.errors import FingerprintError
+from llmfp.errors import CheckpointError, FingerprintError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +35,16 @@ if TYPE_CHECKING:
 SCHEMA = "llmfp.fingerprint/1"
 SUFFIX = ".fp.safetensors"
 _MAX_FILE_BYTES = 256 << 20
+_SAVED: dict[type | UnionType, tuple[str, ...]] = {
+    str: ("architecture", "digest"),
+    dict: ("source", "towers", "run"),
+    list: ("skipped", "caveats"),
+}
+_SAVED_RUN: dict[type | UnionType, tuple[str, ...]] = {
+    str: ("backend", "simd", "reader"),
+    int | float: ("seconds",),
+    int: ("bytes_read", "bytes_total", "peak_rss_bytes", "threads"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +163,8 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         raise FingerprintError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def is_fingerprint(path: Path) -> bool:
@@ -160,10 +174,11 @@ def is_fingerprint(path: Path) -> bool:
 
 def load(path: str | os.PathLike[str]) -> Fingerprint:
     """A saved fingerprint. Raises FingerprintError for anything that is not one of this schema, whole."""
-    import numpy as np
     from safetensors import SafetensorError, safe_open
 
     try:
+        if not Path(path).is_file():  # opening a named pipe would wait for ever
+            raise FingerprintError(f"{path}: {'not a regular file' if Path(path).exists() else 'no such file'}")
         size = Path(path).stat().st_size
         if size > _MAX_FILE_BYTES:
             raise FingerprintError(f"{path}: {size} bytes is too large for a fingerprint")
@@ -176,45 +191,81 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
                     hint=f"this version reads {SCHEMA}; make one with llmfp-fast scan SOURCE --out FILE{SUFFIX}",
                 )
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        saved = json.loads(metadata["llmfp"])
-        towers = {}
-        for name, tower in saved["towers"].items():
-            layers = tuple(tower["layers"])
-            statistics = {}
-            for role in tower["std"]:
-                part = {key: arrays[f"{name}.{role}.{key}"] for key in ("count", "mean", "std", "abs_max", "nonfinite")}
-                residual = arrays[f"{name}.{role}.residual"]
-                head_std = arrays.get(f"{name}.{role}.head_std")
-                statistics[role] = tuple(
-                    Statistics(
-                        count=int(part["count"][i]),
-                        mean=float(part["mean"][i]),
-                        std=float(part["std"][i]),
-                        abs_max=float(part["abs_max"][i]),
-                        nonfinite=int(part["nonfinite"][i]),
-                        head_std=None if head_std is None else head_std[i].astype(np.float64).tobytes(),
-                        residual=residual[i].tobytes(),
-                    )
-                    if part["count"][i]
-                    else None
-                    for i in range(len(layers))
-                )
-            towers[name] = TowerFingerprint(
-                layers, tower["heads"], tower["kv_heads"], tower["head_dim"], tower["hidden_size"], statistics
-            )
-        return Fingerprint(
-            architecture=saved["architecture"],
-            towers=towers,
-            source=saved["source"],
-            run=saved["run"],
-            skipped=tuple(saved["skipped"]),
-            caveats=tuple(saved["caveats"]),
-            digest=saved["digest"],
-        )
+        return _restored(strict_json.parse_object(metadata["llmfp"].encode(), "metadata"), arrays)
     except OSError as error:
         raise FingerprintError(f"{path}: {error.strerror or error}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (SafetensorError, CheckpointError, KeyError, TypeError, ValueError) as error:
         raise FingerprintError(f"{path}: not a whole fingerprint ({type(error).__name__}: {error})") from None
+
+
+def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fingerprint:
+    """What `to_json` and `_arrays` took apart. Raises ValueError or KeyError where something is amiss or missing."""
+    for kind, keys in _SAVED.items():
+        for key in keys:
+            _expect(saved[key], kind, key)
+    for kind, keys in _SAVED_RUN.items():
+        for key in keys:
+            _expect(saved["run"][key], kind, f"run.{key}")
+    _expect(saved["source"]["name"], str, "source.name")
+    for caveat in saved["caveats"]:
+        _expect(caveat, str, "caveats")
+    if not saved["towers"]:
+        raise ValueError("no towers")
+    return Fingerprint(
+        architecture=saved["architecture"],
+        towers={name: _restored_tower(name, tower, arrays) for name, tower in saved["towers"].items()},
+        source=saved["source"],
+        run=saved["run"],
+        skipped=tuple(saved["skipped"]),
+        caveats=tuple(saved["caveats"]),
+        digest=saved["digest"],
+    )
+
+
+def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> TowerFingerprint:
+    layers = tuple(_expect(layer, int, "layers") for layer in saved["layers"])
+    for key in ("heads", "kv_heads", "head_dim"):
+        _expect(saved[key], int | None, key)
+
+    def array(key: str, dtype: str) -> NDArray[Any]:
+        found = arrays[key]
+        if found.dtype != dtype or found.shape[:1] != (len(layers),):
+            raise ValueError(f"{key} is {found.dtype} {list(found.shape)}")
+        return found
+
+    statistics = {}
+    for role in _expect(saved["std"], dict, "std"):
+        prefix = f"{name}.{role}"
+        numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
+        numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
+        residual = array(f"{prefix}.residual", "float16")
+        head_std = array(f"{prefix}.head_std", "float64") if f"{prefix}.head_std" in arrays else None
+        column: list[Statistics | None] = []
+        for i in range(len(layers)):
+            whole = {key: values[i] for key, values in numbers.items()}
+            heads = None if head_std is None else _unpadded(head_std[i], whole["nonfinite"])
+            column.append(
+                Statistics(**whole, head_std=heads or None, residual=_unpadded(residual[i], whole["nonfinite"]))
+                if whole["count"]
+                else None
+            )
+        statistics[role] = tuple(column)
+    hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
+    return TowerFingerprint(layers, saved["heads"], saved["kv_heads"], saved["head_dim"], hidden_size, statistics)
+
+
+def _unpadded(row: NDArray[Any], nonfinite: int) -> bytes:
+    """Without the NaN that `_stack` fills up with; among non-finite values a NaN may be the answer, so it stays."""
+    import numpy as np
+
+    known = np.flatnonzero(~np.isnan(row))
+    return (row if nonfinite else row[: known[-1] + 1 if known.size else 0]).tobytes()
+
+
+def _expect(value: Any, kind: type | UnionType, what: str) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{what} is a {type(value).__name__}")
+    return value
 
 
 def main_tower(towers: Mapping[str, object]) -> str:
