@@ -24,6 +24,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
+from llmfp.architecture.specs import ROLES
 from llmfp.checkpoint import strict_json
 from llmfp.engine import Statistics
 from llmfp.errors import CheckpointError, FingerprintError
@@ -209,6 +210,8 @@ def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fing
     _expect(saved["source"]["name"], str, "source.name")
     for caveat in saved["caveats"]:
         _expect(caveat, str, "caveats")
+    for skipped in saved["skipped"]:
+        _expect(skipped, dict, "skipped")
     if not saved["towers"]:
         raise ValueError("no towers")
     return Fingerprint(
@@ -234,7 +237,7 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         return found
 
     statistics = {}
-    for role in _expect(saved["std"], dict, "std"):
+    for role in ROLES:
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
@@ -249,7 +252,7 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
                 if whole["count"]
                 else None
             )
-        statistics[role] = tuple(column)
+        statistics[role.value] = tuple(column)
     hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
     return TowerFingerprint(layers, saved["heads"], saved["kv_heads"], saved["head_dim"], hidden_size, statistics)
 
