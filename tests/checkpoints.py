@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfp.kernels import select
-
-try:
-    select("auto")
-    BACKEND = "auto"
-except (ImportError, AttributeError):
-    BACKEND = "reference"
+BACKEND = "auto"
 """What scans in these tests run on."""
 
 _STORED_AS = {"float64": "F64", "float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8", "int32": "I32"}

@@ -126,16 +126,16 @@ def _(folder: Path) -> None:
     (folder / "README.md").write_text("nothing here")
 
 
-@broken("only weights of an unsupported kind", "GGUF", "PyTorch pickle", "not supported", "safetensors")
+@broken("only weights of an unsupported kind", "Keras", "ONNX", "not supported", "safetensors")
 def _(folder: Path) -> None:
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    (folder / "model.gguf").write_bytes(b"")
+    (folder / "tf_model.h5").write_bytes(b"")
+    (folder / "model.onnx").write_bytes(b"")
 
 
-@broken("a file of an unsupported kind", "model.gguf", "GGUF", "not supported", "convert the model")
+@broken("a file of an unsupported kind", "model.onnx", "ONNX", "not supported", "convert the model")
 def _(folder: Path) -> Path:
-    (folder / "model.gguf").write_bytes(b"GGUF")
-    return folder / "model.gguf"
+    (folder / "model.onnx").write_bytes(b"")
+    return folder / "model.onnx"
 
 
 @broken("a file that holds no weights", "notes.txt", "not a weight file")
@@ -259,7 +259,7 @@ bad_index("an index with a backslash", {Q: "..\\model.safetensors"}, repr(Q), "o
 bad_index("an index with an empty name", {Q: ""}, repr(Q))
 bad_index("an index with a NUL in a name", {Q: "a\0.safetensors"}, repr(Q))
 bad_index("an index with a number for a name", {Q: 7}, repr(Q))
-bad_index("an index that names a pickle", {Q: "model.bin"}, repr(Q), "not a .safetensors file")
+bad_index("an index that names another kind of file", {Q: "model.onnx"}, repr(Q), "not a .safetensors file")
 
 
 @broken("an index with a name too long for the file system", "too long")
