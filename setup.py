@@ -41,10 +41,10 @@ setup(
     ext_modules=[
         Extension(
             "llmfp._native",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_baseline")],
-            depends=[f"{SOURCES}/{name}.hpp" for name in ("kernel", "lanes")],
+            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_neon", "simd_scalar")],
+            depends=[f"{SOURCES}/{name}.hpp" for name in ("kernel", "lanes", "pages")],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
             # A source install without a compiler still works on NumPy; `llmfp-fast backends` says what is missing.
             optional=sys.platform != "win32",
         )
