@@ -29,7 +29,7 @@ def scan(
     memory_bytes: int = DEFAULT_MEMORY,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a checkpoint: a directory, a .safetensors file, or a saved fingerprint, which is loaded.
+    """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
 
     backend       auto, native_cpu, torch_fallback, triton_gpu or reference
     reader        auto, mmap or pread; changes no bit of the result

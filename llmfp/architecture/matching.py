@@ -232,6 +232,11 @@ def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
             f"{where} is {spec.dtype} and quantised, says config.json, but its scales were not found",
             hint="scan the unquantised checkpoint",
         )
+    if " " in spec.dtype:  # torch_archive: "F32 with strides [1, 8]"
+        raise EncodingError(
+            f"{where} is stored as {spec.dtype}, which is not supported",
+            hint="make the tensors .contiguous() and save the model again, as safetensors",
+        )
     if spec.dtype not in (*_FLOATS, *_FLOATS_8BIT):
         raise EncodingError(
             f"{where} is stored as {spec.dtype}, which is not supported yet",

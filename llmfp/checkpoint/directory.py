@@ -1,6 +1,7 @@
 """From a path to a `Checkpoint`: which files belong to it, and what its config says.
 
-A directory is read as transformers would: model.safetensors, else the files its index names, else all shards.
+A directory is read as transformers would: model.safetensors, else the files its index names, else all shards; only
+where there is no safetensors file, pytorch_model.bin, the files its index names, or its shards.
 """
 
 from __future__ import annotations
@@ -10,18 +11,17 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmfp.checkpoint import safetensors_file, strict_json
+from llmfp.checkpoint import safetensors_file, strict_json, torch_archive
 from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
 from llmfp.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 FINGERPRINT_SUFFIX = ".fp.safetensors"
-_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors$")
+_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+_ACCEPTED = "give a directory, a .safetensors file, or a .bin, .pt or .pth file written by torch.save"
 _UNSUPPORTED = {
-    ".bin": "PyTorch pickle archives",
-    ".pt": "PyTorch pickle archives",
-    ".pth": "PyTorch pickle archives",
-    ".ckpt": "PyTorch pickle archives",
     ".gguf": "GGUF",
     ".h5": "Keras",
     ".msgpack": "Flax",
@@ -33,7 +33,7 @@ _CONFIG_BYTES = 16 << 20
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a directory or a single .safetensors file. Raises CheckpointError, naming the file."""
+    """The checkpoint at a directory or a single weight file. Raises CheckpointError, naming the file."""
     try:
         if path.is_dir():
             files, index = _files_of_directory(path)
@@ -48,7 +48,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors: dict[str, TensorSpec] = {}
     caveats: list[str] = []
     for number, file in enumerate(files):
-        shard, specs = safetensors_file.read_header(file, number)
+        shard, specs = (torch_archive if file.suffix in _TORCH else safetensors_file).read_header(file, number)
         shards.append(shard)
         for spec in specs:
             if spec.name in tensors:
@@ -56,7 +56,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{file}: tensor {spec.name!r} is stored in {other} too")
             tensors[spec.name] = spec
     if index is not None:
-        caveats += _check_index(index, files, tensors, directory / INDEX)
+        name = TORCH_INDEX if files[0].suffix == ".bin" else INDEX
+        caveats += _check_index(index, files, tensors, directory / name)
     return Checkpoint(path, tuple(shards), tensors, _read_config(directory), _revision(directory), tuple(caveats))
 
 
@@ -65,8 +66,8 @@ def _weight_file(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: {_UNSUPPORTED[path.suffix]} are not supported yet", hint="convert the model to safetensors"
         )
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: not a weight file", hint="give a directory or a .safetensors file")
+    if path.suffix not in (".safetensors", *_TORCH):
+        raise CheckpointError(f"{path}: not a weight file", hint=_ACCEPTED)
     return path
 
 
@@ -75,12 +76,7 @@ def _files_of_directory(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"], None
     if (path / INDEX).exists():
-        weight_map = _read_index(path / INDEX)
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        for file in files:
-            if not file.exists():
-                raise CheckpointError(f"{file}: missing shard, {INDEX} names it", hint="fetch the file again")
-        return files, weight_map
+        return _files_of_index(path / INDEX)
     names = sorted(
         file.name
         for file in path.iterdir()
@@ -89,42 +85,72 @@ def _files_of_directory(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     # Mistral ships the same weights twice, under two naming schemes; either alone is the whole model.
     names = [name for name in names if not name.startswith("consolidated")] or names
     if not names:
-        raise CheckpointError(f"{path}: {_why_no_weights(path)}", hint="give a directory with .safetensors files")
+        return _torch_files_of_directory(path)
     _check_numbered(path, names)
     return [path / name for name in names], None
+
+
+def _torch_files_of_directory(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """As above, for what torch.save wrote. Optimizer and random states lie in files of other names."""
+    if (path / "pytorch_model.bin").is_file():
+        return [path / "pytorch_model.bin"], None
+    if (path / TORCH_INDEX).exists():
+        return _files_of_index(path / TORCH_INDEX)
+    files = sorted(path.glob("pytorch_model-*-of-*.bin")) or sorted(path.glob("consolidated*.pth"))
+    if not files:
+        raise CheckpointError(f"{path}: {_why_no_weights(path)}", hint=_ACCEPTED)
+    if files[0].suffix == ".pth" and len(files) > 1:
+        raise CheckpointError(
+            f"{files[0]}: {len(files)} parts of tensors that were split for model parallelism are not supported",
+            hint="convert the model to safetensors",
+        )
+    _check_numbered(path, [file.name for file in files])
+    return files, None
+
+
+def _files_of_index(index: Path) -> tuple[list[Path], dict[str, str]]:
+    weight_map = _read_index(index)
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            raise CheckpointError(f"{file}: missing shard, {index.name} names it", hint="fetch the file again")
+    return files, weight_map
 
 
 def _why_no_weights(path: Path) -> str:
     found = sorted({_UNSUPPORTED[file.suffix] for file in path.iterdir() if file.suffix in _UNSUPPORTED})
     if found:
-        return f"only {', '.join(found)} found, not supported yet; no .safetensors file"
-    return "no .safetensors file in this directory" if any(path.iterdir()) else "the directory is empty"
+        return f"only {', '.join(found)} found, not supported yet; no .safetensors file or pytorch_model.bin"
+    if any(path.iterdir()):
+        return "no .safetensors file or pytorch_model.bin in this directory"
+    return "the directory is empty"
 
 
 def _check_numbered(path: Path, names: Iterable[str]) -> None:
     """Shards that number themselves must all be there."""
-    present: dict[tuple[str, int], set[int]] = {}
+    present: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
         if match := _SHARD_NAME.match(name):
-            present.setdefault((match["stem"], int(match["count"])), set()).add(int(match["number"]))
-    for (stem, count), numbers in present.items():
+            present.setdefault((match["stem"], int(match["count"]), match["suffix"]), set()).add(int(match["number"]))
+    for (stem, count, suffix), numbers in present.items():
         if missing := count - len(numbers & set(range(1, count + 1))):
             number = next(n for n in range(1, count + 1) if n not in numbers)
             raise CheckpointError(
-                f"{path}/{stem}-{number:05d}-of-{count:05d}.safetensors: missing shard ({missing} of {count} missing)",
+                f"{path}/{stem}-{number:05d}-of-{count:05d}{suffix}: missing shard ({missing} of {count} missing)",
                 hint="fetch the file again",
             )
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    suffix = ".bin" if path.name == TORCH_INDEX else ".safetensors"
     weight_map = strict_json.parse_object(_read_small(path, strict_json.MAX_BYTES), str(path)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_inside(name):
             raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {str(name)[:80]!r}, outside the directory")
-        if not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {name[:80]!r}, not a .safetensors file")
+        if not name.endswith(suffix):
+            raise CheckpointError(f"{path}: tensor {tensor!r} is placed in {name[:80]!r}, not a {suffix} file")
     return weight_map
 
 
@@ -140,9 +166,11 @@ def _check_index(
     for name, file in weight_map.items():
         spec = tensors.get(name)
         if spec is None or files[spec.shard] != path.parent / file:
-            raise CheckpointError(f"{path.parent / file}: tensor {name!r} is not in this shard, though {INDEX} says so")
+            raise CheckpointError(
+                f"{path.parent / file}: tensor {name!r} is not in this shard, though {path.name} says so"
+            )
     if extra := len(tensors) - len(weight_map):
-        return [f"{extra} stored tensors are not named in {INDEX}"]
+        return [f"{extra} stored tensors are not named in {path.name}"]
     return []
 
 
@@ -177,4 +205,4 @@ def _revision(directory: Path) -> str | None:
 def _hint_for_missing(path: Path) -> str:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(path)):
         return "Hub ids are not supported yet; download the model and give its directory"
-    return "give a directory or a .safetensors file"
+    return _ACCEPTED

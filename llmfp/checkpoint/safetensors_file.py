@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfp.checkpoint import strict_json
-from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec, stamp
+from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec, sha256_of_hub_blob, stamp
 from llmfp.errors import CheckpointError
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -41,7 +41,7 @@ def read_header(path: Path, shard: int) -> tuple[Shard, list[TensorSpec]]:
     header = strict_json.parse_object(bytes(_exactly(text, length, path)), f"{path}: header")
     tensors = _tensors(header, path, shard, 8 + length)
     _check_layout(tensors, path, 8 + length, size)
-    return Shard(path, size, 8 + length, stamp(status), _sha256_of_hub_blob(path)), tensors
+    return Shard(path, size, 8 + length, stamp(status), sha256_of_hub_blob(path)), tensors
 
 
 def _exactly(data: bytes | bytearray, nbytes: int, path: Path) -> bytes | bytearray:
@@ -100,11 +100,3 @@ def _check_layout(tensors: list[TensorSpec], path: Path, data_start: int, size: 
         end = spec.offset_bytes + spec.nbytes
     if end != size:
         raise CheckpointError(f"{path}: {size - end} trailing bytes belong to no tensor")
-
-
-def _sha256_of_hub_blob(path: Path) -> str | None:
-    """The content hash, where it is free: the Hub's cache stores a file under its sha256 and links to it."""
-    if not path.is_symlink():
-        return None
-    name = path.readlink().name
-    return name if len(name) == 64 and set(name) <= set("0123456789abcdef") else None

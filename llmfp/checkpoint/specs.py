@@ -58,6 +58,14 @@ def stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
+def sha256_of_hub_blob(path: Path) -> str | None:
+    """The content hash, where it is free: the Hub's cache stores a file under its sha256 and links to it."""
+    if not path.is_symlink():
+        return None
+    name = path.readlink().name
+    return name if len(name) == 64 and set(name) <= set("0123456789abcdef") else None
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's files. `config` is config.json or empty; `caveats` what a reader of the answer should know."""

@@ -26,7 +26,7 @@ from llmfp.report import printable, terminal
 def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **reading: Any) -> None:
     """Reads the attention weights of SOURCE once and prints the standard deviation σ of Q, K, V and O in every layer.
 
-    SOURCE is a directory of safetensors files, a single .safetensors file, or a saved fingerprint.
+    SOURCE is a model's directory, a single .safetensors, .bin, .pt or .pth file, or a saved fingerprint.
     """
     if out is not None:
         _check_writable(out)
