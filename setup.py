@@ -41,10 +41,12 @@ setup(
     ext_modules=[
         Extension(
             "llmfp._native",
-            sources=[f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_neon", "simd_scalar")],
+            sources=[
+                f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_neon", "simd_scalar")
+            ],
             depends=[f"{SOURCES}/{name}.hpp" for name in ("kernel", "lanes", "pages")],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"],
             # A source install without a compiler still works on NumPy; `llmfp-fast backends` says what is missing.
             optional=sys.platform != "win32",
         )

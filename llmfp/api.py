@@ -61,7 +61,7 @@ def plan(
     memory_bytes: int = DEFAULT_MEMORY,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
-    checkpoint, attention, chosen, opened = _open(Path(source), backend, reader)
+    checkpoint, attention, chosen, opened = _open(Path(source), backend, reader, probe=False)
     opened.close()
     return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
 
@@ -71,11 +71,13 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
     return fingerprints.load(path)
 
 
-def _open(path: Path, backend: str, reader: str) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
+def _open(
+    path: Path, backend: str, reader: str, *, probe: bool = True
+) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
     checkpoint = open_checkpoint(path)
     attention = match(checkpoint)
     chosen = select(backend)
-    return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen)
+    return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen, probe=probe)
 
 
 def _plan(

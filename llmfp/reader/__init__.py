@@ -47,14 +47,19 @@ class Reader(Protocol):
         """Closes every file. Raises CheckpointError when one has changed since its header was read."""
 
 
-def open_reader(name: str, checkpoint: Checkpoint, attention: AttentionMap, backend: Backend) -> Reader:
-    """The reader of that name; `auto` maps when most of the weights are in the page cache already."""
+def open_reader(
+    name: str, checkpoint: Checkpoint, attention: AttentionMap, backend: Backend, *, probe: bool = True
+) -> Reader:
+    """The reader of that name; `auto` maps when most of the weights are in the page cache already.
+
+    Finding that out reads one byte of some tensors; without `probe`, `auto` takes them for cached.
+    """
     from llmfp.reader.mmap_reader import MmapReader
     from llmfp.reader.pread_reader import PreadReader
 
     if name == "auto":
         mapped = backend.guards_mapped_pages and MmapReader.why_unavailable() is None
-        name = "mmap" if mapped and _mostly_cached(checkpoint, attention) else "pread"
+        name = "mmap" if mapped and (not probe or _mostly_cached(checkpoint, attention)) else "pread"
     if name == "mmap":
         if reason := MmapReader.why_unavailable():
             raise CheckpointError(f"reader mmap cannot run here: {reason}", hint="use --reader pread")
