@@ -8,6 +8,7 @@ every reader must find (std and mean in float64, the sum of all 64-bit words) is
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -140,7 +141,10 @@ def _write(directory: Path, shape: LlamaShape) -> None:
         written = list(pool.map(_write_shard, [directory / name for name in names], shards, range(len(shards))))
     words = sum(words for _, words in written) % 2**64
     tensors = [asdict(tensor) for tensors, _ in written for tensor in tensors]
-    index = {"weight_map": {name: names[n] for n, shard in enumerate(shards) for name in shard}}
+    index = {
+        "metadata": {"total_size": sum(2 * math.prod(shape) for shard in shards for shape in shard.values())},
+        "weight_map": {name: names[n] for n, shard in enumerate(shards) for name in shard},
+    }
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
         "num_hidden_layers": shape.layers, "hidden_size": shape.hidden, "intermediate_size": shape.mlp,
@@ -156,7 +160,7 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], number: int) ->
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 2 * int(np.prod(shape))
+        start, end = end, end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % ALIGNMENT)
@@ -168,11 +172,11 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], number: int) ->
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(offset + end)
         for name, shape in shapes.items():
-            count = int(np.prod(shape))
+            count = math.prod(shape)
             if "self_attn" in name or "norm" in name:
                 file.seek(offset)
                 bits, mean, std = _random(generator, count, gain="norm" in name)
-                file.write(bits)
+                file.write(bits.data)
                 if "self_attn" in name:
                     words += int(bits.view(np.uint64).sum(dtype=np.uint64))
                     tensors.append(Tensor(name, path.name, offset, 2 * count, mean, std))
@@ -185,8 +189,8 @@ def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], number: int) ->
 def _random(generator: np.random.Generator, count: int, *, gain: bool) -> tuple[NDArray[np.uint16], float, float]:
     """Bits, mean and std of one tensor; each gets a scale of its own, so that answers cannot be confused."""
     values = generator.standard_normal(count, np.float32)
-    values = 1 + values / 4 if gain else values * np.float32(generator.uniform(0.01, 0.04))
-    bits = to_bfloat16(values)
+    scale, centre = (0.25, 1.0) if gain else (generator.uniform(0.01, 0.04), 0.0)
+    bits = to_bfloat16(values * np.float32(scale) + np.float32(centre))
     mean = sum(float(from_bfloat16(part).sum(dtype=np.float64)) for part in _parts(bits)) / count
     m2 = sum(float(np.square(from_bfloat16(part).astype(np.float64) - mean).sum()) for part in _parts(bits))
     return bits, mean, float(np.sqrt(m2 / count))
