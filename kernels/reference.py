@@ -42,12 +42,13 @@ def decode(chunk: Chunk) -> Float64:
         offset=chunk.offset_bytes,
         strides=(chunk.row_stride_bytes, stored.itemsize),
     )
-    if chunk.dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     if stored == np.uint8:
         decoded: Float64 = _fp8_table(chunk.dtype)[bits]
         return decoded
-    return bits.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        if chunk.dtype == "BF16":
+            return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return bits.astype(np.float64)
 
 
 def _units(x: Float64, unit_rows: int) -> list[Float64]:

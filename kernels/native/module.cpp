@@ -5,6 +5,7 @@
 
 #include "pages.hpp"
 
+#include <atomic>
 #include <csetjmp>
 #include <csignal>
 #include <cstring>
@@ -50,7 +51,8 @@ const Level* level_named(const char* name) {
 
 // ---------------------------------------------------------------------------------------------- guard
 
-thread_local sigjmp_buf* guard = nullptr;
+// Volatile, and fenced where it is set: the compiler must not see that ordinary code never reads it.
+thread_local sigjmp_buf* volatile guard = nullptr;
 struct sigaction handler_before;
 
 void on_bus_error(int signal, siginfo_t* info, void* context) {
@@ -82,7 +84,9 @@ bool guarded(Work work) {
         return false;
     }
     guard = &here;
+    std::atomic_signal_fence(std::memory_order_seq_cst);
     work();
+    std::atomic_signal_fence(std::memory_order_seq_cst);
     guard = nullptr;
     return true;
 }
@@ -295,13 +299,13 @@ PyObject* pool(PyObject*, PyObject* args) {
     return Py_BuildValue("OO", pooled_mean.get(), pooled_m2.get());
 }
 
-// binary64 → binary16, round to nearest even. Through binary32 first, as NumPy does not: the double rounding that could
-// cause is excluded by rounding the double's mantissa directly.
+// binary64 → binary16, rounded once, to nearest even.
 uint16_t half_of(double value) {
     if (std::isnan(value)) return 0x7e00;
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const double magnitude = std::fabs(value);
     if (magnitude >= 65520.0) return sign | 0x7c00;
+    if (magnitude == 0.0) return sign;
     int exponent;
     std::frexp(magnitude, &exponent);                       // magnitude = f · 2^exponent, f in [½, 1)
     const int quantum = std::max(exponent - 11, -24);       // the last place of binary16 at this magnitude
