@@ -311,6 +311,8 @@ def test_wrappers_change_names_and_nothing_else(old: str, new: str, tmp_path: Pa
         "xmodel.layers.{}",
         "model.layers.{}.x",
         "model.layers.x{}",
+        "model.layers.{}" + "9" * 5000,
+        "model.layers.{}\u0664",
     ],
 )
 def test_what_only_ends_like_the_decoder_is_not_taken_for_it(prefix: str, tmp_path: Path) -> None:
@@ -320,6 +322,14 @@ def test_what_only_ends_like_the_decoder_is_not_taken_for_it(prefix: str, tmp_pa
     others = {f"{prefix.format(n)}.self_attn.{r}_proj.weight": np.ones((64, 64)) for n in range(9) for r in "qkvo"}
     both = scan(write_model(tmp_path / "both", {**others, **model.tensors}, model.config))
     assert (both.digest, both.layers) == (alone.digest, alone.layers)
+
+
+@pytest.mark.parametrize(("more", "fewer"), [("model", "language_model.model"), ("language_model.model", "model")])
+def test_of_two_stacks_the_larger_is_the_decoder(more: str, fewer: str, tmp_path: Path) -> None:
+    model, smaller = build("llama", layers=3), build("llama", seed=1)
+    tensors = renamed(model, "model.", f"{more}.") | renamed(smaller, "model.", f"{fewer}.")
+    fingerprint = scan(write_model(tmp_path, tensors, model.config))
+    check_numbers(fingerprint, model)
 
 
 def test_a_prediction_layer_behind_the_decoder_is_left_out(tmp_path: Path) -> None:

@@ -340,6 +340,13 @@ def _(folder: Path) -> None:
     write_model(folder, {"blk.7.attn_q.weight": np.ones((2, 2), np.float32), "other": np.ones(2, np.float32)})
 
 
+@broken("names without number or end", "no attention weights", "closest names")
+def _(folder: Path) -> None:
+    alphabet = [chr(code) for code in range(0x4E00, 0x9E00)]
+    names = {"".join(alphabet[i : i + 20]) * 50 + f".{'x' * i}.w": entry("U8", [0], 0, 0) for i in range(4000)}
+    (folder / "model.safetensors").write_bytes(framed(names))
+
+
 @broken("names that would drive a terminal", "no attention weights", r"\x1b[{n}mred\x07\u202e\nattn")
 def _(folder: Path) -> None:
     write_model(folder, {"\x1b[31mred\x07\u202e\nattn": np.ones((2, 2), np.float32)})
@@ -460,7 +467,7 @@ HEADERS = {
     "metadata with half a pair": ('{"__metadata__":{"a":"\\ud800"},' + header_of_one()[1:], False),
     "metadata that is a list": ('{"__metadata__":[],' + header_of_one()[1:], False),
     "a field twice": (header_of_one(extra=',"dtype":"F32"'), False),
-    **{f"extra field {extra[:20]}": (header_of_one(extra=f',"x":{extra}'), None) for extra in EXTRAS},
+    **{f"extra field {i}": (header_of_one(extra=f',"x":{extra}'), None) for i, extra in enumerate(EXTRAS)},
 }
 
 

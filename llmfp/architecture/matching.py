@@ -33,7 +33,7 @@ _FLOATS = ("BF16", "F16", "F32", "F64")
 _FLOATS_8BIT = ("F8_E4M3", "F8_E5M2")
 _CLOSEST = 6
 _DRAFT_REASON = "multi-token prediction, not a decoder layer"
-_MOST_NAMES, _LONGEST_NAME, _LONGEST_PART = 20_000, 200, 40
+_MOST_NAMES, _LONGEST_NAME = 1000, 80
 
 
 class _Found(NamedTuple):
@@ -373,8 +373,8 @@ def _closest(names: Iterable[str]) -> str:
     def likeness(part: str) -> float:
         return max(difflib.SequenceMatcher(None, part, want).ratio() for want in wanted)
 
-    patterns = list(dict.fromkeys(pattern(name)[-_LONGEST_NAME:] for name in islice(names, _MOST_NAMES)))
-    scored = sorted((-max(likeness(part[-_LONGEST_PART:]) for part in each.split(".")[-3:]), each) for each in patterns)
+    patterns = dict.fromkeys(pattern(name)[-_LONGEST_NAME:] for name in names)
+    scored = sorted((-max(map(likeness, each.split(".")[-3:])), each) for each in islice(patterns, _MOST_NAMES))
     best = [each for _, each in scored[:_CLOSEST]]
     return "; closest names: " + ", ".join(best) if best else "; the checkpoint holds no tensor"
 
