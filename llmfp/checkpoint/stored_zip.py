@@ -1,9 +1,11 @@
 """A zip archive whose members are stored, not compressed, so that their bytes can be mapped where they lie.
 
 zipfile accepts much that contradicts itself: overlapping members, text before the archive, two ends to choose from.
-Here there is one reading or none: the end record is the last thing in the file, the central directory touches it,
-members do not overlap and lie before it, and a member's local header says what its directory entry says.
-Format: PKWARE APPNOTE 6.3.10, sections 4.3.7, 4.3.12 to 4.3.16 and 4.5.3 (ZIP64). Nothing but these is read.
+Here there is one reading or none: members, directory and end records follow each other from the first byte to the last,
+and a member that is used has a local header that says what the directory says and ends where the next one starts.
+Format: PKWARE APPNOTE 6.3.10, sections 4.3.7, 4.3.9, 4.3.12 to 4.3.16 and 4.5.3 (ZIP64). PyTorch has
+written it the same way since miniz 2.0.8 (2019; read there, tried with torch 2.13): descriptors after members, ZIP64
+fields from 4 GiB on.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _TRUNCATED = "the file is truncated or was changed; fetch it again"
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A directory entry; `limit` is where the next member's header, or the directory, starts."""
+    """A directory entry. `after` its bytes come those of its data descriptor, then, at `limit`, the next member."""
 
     name: bytes
     flags: int
@@ -43,6 +45,7 @@ class _Member:
     stored_bytes: int
     nbytes: int
     header_offset: int
+    after: int
     limit: int
 
 
@@ -81,8 +84,8 @@ class StoredZip:
             if value not in (member.nbytes, _FULL32) and (value or not flags & _SIZES_FOLLOW):
                 raise self._error(name, f"has {value} bytes by its local header, {member.nbytes} by the directory")
         start = member.header_offset + _LOCAL.size + name_length + extra_length
-        if start + member.nbytes > member.limit:
-            raise self._error(name, "overlaps what follows it")
+        if start + member.nbytes + member.after != member.limit:
+            raise self._error(name, "does not end where the next one starts")
         return start, member.nbytes
 
     def read(self, name: str, max_bytes: int) -> bytes:
@@ -119,7 +122,8 @@ class StoredZip:
             size, stored, header_offset = self._widened(narrow, directory[after_name:after_extra])
             if disk not in (0, _FULL16):
                 raise self._broken("the archive is split over several disks")
-            entries.append(_Member(name, flags, method, crc32, stored, size, header_offset, offset))
+            after = 0 if not flags & _SIZES_FOLLOW else 24 if _FULL32 in narrow else 16
+            entries.append(_Member(name, flags, method, crc32, stored, size, header_offset, after, offset))
         if position != nbytes:
             raise self._broken(f"{nbytes - position} bytes of the directory belong to no member")
         return self._without_overlap(entries)
@@ -128,6 +132,8 @@ class StoredZip:
         """The members by name, each with the limit up to which its bytes may reach."""
         entries.sort(key=lambda member: member.header_offset)
         ends = [member.header_offset for member in entries[1:]] + [member.limit for member in entries[-1:]]
+        if entries and (first := entries[0].header_offset):
+            raise self._broken(f"{first} bytes before the first member belong to none")
         members: dict[str, _Member] = {}
         for member, limit in zip(entries, ends, strict=True):
             name = self._name(member.name)

@@ -2,7 +2,7 @@
 
 A pickle is a program for a small stack machine. `pickle.Unpickler` with a guarded find_class would stop calls, but its
 C machine lets a short file allocate gigabytes (a memo index of 2^32) or overflow the C stack (hash of a nested tuple).
-This machine is ours: it knows the 34 opcodes that torch.save has ever needed, looks global names up in a table of our
+This machine is ours: it knows the 35 opcodes that torch.save has ever needed, looks global names up in a table of our
 own (exact pairs, so nothing is traversed), puts plain records where objects would be, never hashes, compares or prints
 what it built, does not recurse, and stops after `MAX_OPCODES`. Opcodes: Lib/pickletools.py, protocols 2 to 5.
 """
@@ -13,9 +13,9 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MAX_BYTES = 32 << 20
-MAX_OPCODES = 4_000_000
-"""About 40 a tensor."""
+MAX_BYTES = 16 << 20
+MAX_OPCODES = 2_000_000
+"""torch.save needs about 40 opcodes and 200 bytes a tensor."""
 
 STORAGES = {
     "torch.BFloat16Storage": "BF16", "torch.BoolStorage": "BOOL", "torch.ByteStorage": "U8", "torch.CharStorage": "I8",
@@ -212,8 +212,9 @@ class _Machine:
         target.items.extend(zip(items[::2], items[1::2], strict=True))
 
     def tuple_of(self, count: int) -> None:
-        items = [self._pop() for _ in range(count)]
-        self._push(tuple(reversed(items)))
+        if count > len(self._stack):
+            raise self._refused("nothing is left on the stack")
+        self._stack[-count:] = [tuple(self._stack[-count:])]
 
     def global_lines(self) -> None:
         self._global(self._line(), self._line())
