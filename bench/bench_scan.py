@@ -10,12 +10,9 @@ import importlib.util
 import json
 import sys
 from functools import partial
-from pathlib import Path
 
-import pytest
-
-from bench import ceilings, checkpoints, page_cache
-from bench.checkpoints import BenchCheckpoint, LlamaShape
+from bench import ceilings, page_cache
+from bench.checkpoints import BenchCheckpoint
 from bench.harness import Benchmark, Comparison, after, rounds, timed
 from bench.processes import PEERS, bare_read, checks_peer, checks_scan, launched, llmfp_fast
 from llmfp import api
@@ -34,7 +31,7 @@ def test_warm_scan(big: BenchCheckpoint, benchmark: Benchmark) -> None:
     _add_scan(comparison, big, "--threads", "1")
     _add_scan(comparison, big, "--reader", "pread")
     in_process = after(warm, timed(partial(api.scan, big.path), partial(_check_fingerprint, big)))
-    comparison.add("llmfp.api.scan, no start-up", in_process, nbytes=big.nbytes, threads=every)
+    comparison.add("llmfp.api.scan, no start-up", in_process, nbytes=big.nbytes, threads=None)
     _add_peer(comparison, big, "numkong", 1e-4, 1, module="numkong")
     _add_peer(comparison, big, "numkong_forked", 1e-4, every, module="numkong")
     reads = []
@@ -52,30 +49,16 @@ def test_warm_scan(big: BenchCheckpoint, benchmark: Benchmark) -> None:
 def test_loading_peers(big: BenchCheckpoint, benchmark: Benchmark) -> None:
     """Against what loads tensors and then reduces them."""
     comparison = Comparison("scan", "warm scan, those that load first", page_cache.WARM)
-    threads = ceilings.cores()
     _add_scan(comparison, big)
-    _add_peer(comparison, big, "safetensors_get_tensor", 1e-5, threads, module="torch")
-    _add_peer(comparison, big, "safetensors_load_file", 5e-3, threads, module="torch")
-    _add_peer(comparison, big, "runai_model_streamer", 1e-5, threads, module="runai_model_streamer")
-    _add_peer(comparison, big, "fastsafetensors", 1e-5, threads, module="fastsafetensors")
+    _add_peer(comparison, big, "safetensors_get_tensor", 1e-5, None, module="torch")
+    _add_peer(comparison, big, "safetensors_load_file", 5e-3, None, module="torch")
+    _add_peer(comparison, big, "transformers_from_pretrained", 5e-3, None, module="transformers")
+    _add_peer(comparison, big, "runai_model_streamer", 1e-5, None, module="runai_model_streamer")
+    _add_peer(comparison, big, "fastsafetensors", 1e-5, None, module="fastsafetensors")
     comparison.at_least(
         "warm scan: at least 15 times safetensors get_tensor and float().std()", SCAN, ["safetensors_get_tensor"], 15
     )
     comparison.run(benchmark, rounds(3))
-
-
-def test_transformers(benchmark: Benchmark) -> None:
-    """Against the published way, which holds the whole model: 16 layers, 8 GB, so that it fits."""
-    shape = LlamaShape(16)
-    if importlib.util.find_spec("transformers") is None:
-        pytest.skip("transformers is not installed")
-    if (free := _available_bytes()) < 14 << 30:
-        pytest.skip(f"the model and its page cache need 14 GiB, {free >> 30} GiB are available")
-    half = checkpoints.checkpoint(shape)
-    comparison = Comparison("scan", "warm scan, 16 layers, the published way", page_cache.WARM)
-    _add_scan(comparison, half)
-    _add_peer(comparison, half, "transformers_from_pretrained", 5e-3, ceilings.cores(), module="transformers")
-    comparison.run(benchmark, rounds(2))
 
 
 def test_start(small: BenchCheckpoint, benchmark: Benchmark) -> None:
@@ -105,7 +88,7 @@ def test_memory(big: BenchCheckpoint, benchmark: Benchmark) -> None:
 
 def _add_scan(comparison: Comparison, checkpoint: BenchCheckpoint, *options: str) -> None:
     command = llmfp_fast("scan", str(checkpoint.path), "--json", *options)
-    threads = int(options[options.index("--threads") + 1]) if "--threads" in options else ceilings.cores()
+    threads = int(options[options.index("--threads") + 1]) if "--threads" in options else None
     comparison.add(
         " ".join([SCAN, *options]),
         launched(command, checks_scan(checkpoint), before=partial(page_cache.warm, checkpoint)),
@@ -115,7 +98,13 @@ def _add_scan(comparison: Comparison, checkpoint: BenchCheckpoint, *options: str
 
 
 def _add_peer(
-    comparison: Comparison, checkpoint: BenchCheckpoint, name: str, tolerance: float, threads: int, *, module: str
+    comparison: Comparison,
+    checkpoint: BenchCheckpoint,
+    name: str,
+    tolerance: float,
+    threads: int | None,
+    *,
+    module: str,
 ) -> None:
     if importlib.util.find_spec(module) is None:
         comparison.leave_out(name, f"{module} is not installed")
@@ -131,8 +120,3 @@ def _add_peer(
 
 def _check_fingerprint(checkpoint: BenchCheckpoint, fingerprint: Fingerprint) -> None:
     checks_scan(checkpoint)(json.dumps(fingerprint.to_json()))
-
-
-def _available_bytes() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -143,7 +143,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent)
     return done.stdout.strip() or "unknown"
 
