@@ -678,8 +678,8 @@ def test_a_file_that_changes_after_its_header_was_read_is_refused_by_name(
     if reader == "mmap" and (reason := MmapReader.why_unavailable()):
         pytest.skip(reason)
     source = LLAMA.write(tmp_path / "model") / "model.safetensors"
-    open_reader = api.open_reader
-    monkeypatch.setattr(api, "open_reader", lambda *args: [CHANGES[change](source), open_reader(*args)][1])
+    match = api.match
+    monkeypatch.setattr(api, "match", lambda checkpoint: [CHANGES[change](source), match(checkpoint)][1])
     arguments = ["scan", str(source), "--reader", reader, "--backend", BACKEND, "--threads", "1"]
     assert main([*arguments, "--out", str(tmp_path / "x.fp.safetensors")]) == 2
     stderr = capsys.readouterr().err
