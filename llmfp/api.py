@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from llmfp import __version__, engine
 from llmfp import fingerprint as fingerprints
 from llmfp.architecture import AttentionMap, match
-from llmfp.architecture.specs import ROLES
 from llmfp.checkpoint import Checkpoint, open_checkpoint
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.kernels import Backend, select
@@ -103,9 +101,9 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
     towers = {}
     for tower in plan.attention.towers:
         layers = tower.layers
-        columns: defaultdict[str, list[engine.Statistics | None]] = defaultdict(list)
-        for role in ROLES:
-            columns[role.value] = [result.statistics.get((tower.name, layer, role.value)) for layer in layers]
+        columns: dict[str, list[engine.Statistics | None]] = {}
+        for role in tower.roles:
+            columns[role] = [result.statistics.get((tower.name, layer, role)) for layer in layers]
         towers[tower.name] = TowerFingerprint(
             layers,
             tower.heads,

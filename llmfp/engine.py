@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmfp.architecture import NormGain, Projection
-from llmfp.architecture.specs import ROLES, Role
+from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
 from llmfp.encoding import decode_gain
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
-from llmfp.marginals import Buffer, Chunk, Marginals, Moments
+from llmfp.marginals import Buffer, Chunk, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
 
@@ -37,7 +36,8 @@ class Statistics:
     """What is kept of one projection. mean and std are NaN when a value is not finite.
 
     head_std  float64[heads], population std of each head's weights; None when the head size is unknown
-    residual  float16[hidden], log RMS of the effective weights along each residual coordinate
+    residual  float16[hidden], log RMS of the effective weights along each residual coordinate; None for what neither
+              reads nor writes the residual stream: inner factors of latent attention, biases, gains
     """
 
     count: int
@@ -46,7 +46,7 @@ class Statistics:
     abs_max: float
     nonfinite: int
     head_std: Buffer | None
-    residual: Buffer
+    residual: Buffer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,10 @@ class _Scan:
         self._gains: dict[NormGain, Buffer | None] = {}
         self._caveats: dict[str, None] = {}
         self._statistics: dict[tuple[str, int, str], Statistics] = {}
+        self._vectors: dict[TensorSpec, list[tuple[str, Vector]]] = {}
+        for tower in plan.attention.towers:
+            for vector in tower.vectors:
+                self._vectors.setdefault(vector.view.tensor, []).append((tower.name, vector))
         self._ledger = _Ledger(plan.tasks)
 
     @staticmethod
@@ -162,6 +166,11 @@ class _Scan:
                 return
         for gain in task.gains:
             self._load_gain(gain)
+        if self._order[number] == 0 and not step.second:
+            for bias in task.biases:
+                measured = self._measure(bias, self._read_whole(bias))
+                with self.lock:
+                    self._enter(measured)
         try:
             data, position = self.reader.read(step)
             parts = [
@@ -212,11 +221,49 @@ class _Scan:
             if gain in self._gains:
                 return
             spec = gain.tensor
-            values = decode_gain(self._read_whole(spec), spec.dtype, gain.offset)
+            stored = self._read_whole(spec)
+            self._enter(self._measure(spec, stored))
+            values = decode_gain(stored, spec.dtype, gain.offset)
             finite = all(map(math.isfinite, values))
             self._gains[gain] = memoryview(values).cast("B") if finite else None
             if not finite:
                 self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
+
+    def _measure(self, spec: TensorSpec, stored: bytes) -> dict[tuple[str, int, str], Statistics]:
+        """σ and mean of each vector in a small tensor, by the kernel that reduces the weights."""
+        measured = {}
+        for tower, vector in self._vectors[spec]:
+            view = vector.view
+            chunk = Chunk(
+                data=stored,
+                dtype=spec.dtype,
+                rows=view.rows,
+                cols=view.cols,
+                offset_bytes=view.start * spec.itemsize,
+                row_stride_bytes=view.row_stride * spec.itemsize,
+                unit_rows=unit_rows(view.row_stride),
+            )
+            marginals = self.backend.merge([self.backend.marginals(chunk)])
+            total, count = self.backend.pool(marginals.row, view.cols, view.rows), view.rows * view.cols
+            measured[tower, vector.layer, vector.role] = Statistics(
+                count=count,
+                mean=_doubles(total.mean)[0] + vector.offset,
+                std=math.sqrt(_doubles(total.m2)[0] / count),
+                abs_max=marginals.abs_max,
+                nonfinite=marginals.nonfinite,
+                head_std=None,
+                residual=None,
+            )
+        return measured
+
+    def _enter(self, measured: Mapping[tuple[str, int, str], Statistics]) -> None:
+        """Keeps vectors' statistics; the caller holds the lock."""
+        self._statistics.update(measured)
+        for (_, layer, role), statistics in measured.items():
+            if statistics.nonfinite:
+                self._caveats[
+                    f"{role} of layer {layer} holds {statistics.nonfinite} non-finite values; its std is null"
+                ] = None
 
     def _finish(self, number: int, merged: Sequence[Marginals], second: Sequence[Marginals] | None) -> None:
         """The task's statistics; its marginals go to the ledger of its layer."""
@@ -245,7 +292,7 @@ class _Scan:
             pooled = self.backend.pool(across, heads_count, projection.head_dim)
             per_head = heads_count * projection.head_dim
             head_std = memoryview(array("d", (math.sqrt(m2 / per_head) for m2 in _doubles(pooled.m2)))).cast("B")
-        cross, centre_square = marginals.cross, 0.0
+        cross, centre_square, residual = marginals.cross, 0.0, None
         if projection.centred:
             weighted = marginals.weighted_col if by_rows else marginals.weighted_row
             centres = (weighted or across).mean
@@ -253,7 +300,8 @@ class _Scan:
             if second is not None and second.weighted_row is not None:
                 cross = second.weighted_row.mean
         gain = self._gains.get(projection.gain) if projection.gain is not None else None
-        residual = self.backend.log_rms(along, count, gain, cross, centre_square)
+        if projection.residual_size is not None:
+            residual = self.backend.log_rms(along, count, gain, cross, centre_square)
         return Statistics(
             count=rows * cols,
             mean=_doubles(total.mean)[0],
@@ -330,9 +378,10 @@ class _Ledger:
     """Feeds the digest in (tower, layer, role) order while tasks finish in any order within a layer."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
+        roles = tuple(Role)
         keys = sorted(
             ((task.tower, p.layer, str(p.role)) for task in tasks for p in task.projections),
-            key=lambda key: (key[0], key[1], ROLES.index(Role(key[2]))),
+            key=lambda key: (key[0], key[1], roles.index(Role(key[2]))),
         )
         self._keys = keys
         self._entered: dict[tuple[str, int, str], Marginals] = {}

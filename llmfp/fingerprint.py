@@ -64,15 +64,20 @@ class TowerFingerprint:
 
     @property
     def std(self) -> dict[str, list[float | None]]:
-        return {
-            role: [None if s is None else _finite(s.std) for s in column] for role, column in self.statistics.items()
-        }
+        return {role.value: self._column(role, "std") for role in ROLES}
 
     @property
     def mean(self) -> dict[str, list[float | None]]:
-        return {
-            role: [None if s is None else _finite(s.mean) for s in column] for role, column in self.statistics.items()
-        }
+        return {role.value: self._column(role, "mean") for role in ROLES}
+
+    @property
+    def roles(self) -> dict[str, dict[str, list[float | None]]]:
+        """std and mean of what is not Q, K, V, O: factors of latent attention, biases, gains of norms."""
+        others = [role for role in self.statistics if role not in map(str, ROLES)]
+        return {role: {key: self._column(role, key) for key in ("std", "mean")} for role in others}
+
+    def _column(self, role: str, key: str) -> list[float | None]:
+        return [None if s is None else _finite(getattr(s, key)) for s in self.statistics[role]]
 
     def head_std(self, role: str) -> NDArray[np.float64]:
         """float64 [L, heads]: each head's population std; NaN where unknown."""
@@ -85,7 +90,10 @@ class TowerFingerprint:
         """float16 [L, hidden]: log RMS of the effective weights along each residual coordinate; NaN where absent."""
         import numpy as np
 
-        rows = [None if s is None else np.frombuffer(s.residual, np.float16) for s in self.statistics[role]]
+        rows = [
+            None if s is None or s.residual is None else np.frombuffer(s.residual, np.float16)
+            for s in self.statistics[role]
+        ]
         return _stack(rows, np.float16)
 
 
@@ -136,7 +144,7 @@ class Fingerprint:
             "hidden_size": main.hidden_size,
             "std": main.std,
             "mean": main.mean,
-            "roles": {},
+            "roles": main.roles,
             "towers": {name: _tower_json(tower) for name, tower in self.towers.items()},
             "skipped": [dict(each) for each in self.skipped],
             "caveats": list(self.caveats),
@@ -237,7 +245,7 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         return found
 
     statistics = {}
-    for role in ROLES:
+    for role in (*map(str, ROLES), *_expect(saved.get("roles", {}), dict, "roles")):
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
@@ -248,11 +256,11 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
             whole = {key: values[i] for key, values in numbers.items()}
             heads = None if head_std is None else _unpadded(head_std[i], whole["nonfinite"])
             column.append(
-                Statistics(**whole, head_std=heads or None, residual=_unpadded(residual[i], whole["nonfinite"]))
+                Statistics(**whole, head_std=heads or None, residual=_unpadded(residual[i], whole["nonfinite"]) or None)
                 if whole["count"]
                 else None
             )
-        statistics[role.value] = tuple(column)
+        statistics[role] = tuple(column)
     hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
     return TowerFingerprint(layers, saved["heads"], saved["kv_heads"], saved["head_dim"], hidden_size, statistics)
 
@@ -285,6 +293,7 @@ def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
         "hidden_size": tower.hidden_size,
         "std": tower.std,
         "mean": tower.mean,
+        "roles": tower.roles,
     }
 
 

@@ -33,6 +33,7 @@ class Task:
     """Projections that share the rows of one stored tensor, and how those rows lie in it (units: elements).
 
     second_read: a LayerNorm along the stored rows needs every column's mean before a row can be centred.
+    biases: the layer's bias vectors, which are read, whole, along with its first task.
     """
 
     tower: str
@@ -46,6 +47,7 @@ class Task:
     span: int
     unit_rows: int
     second_read: bool
+    biases: tuple[TensorSpec, ...] = ()
 
     @property
     def layer(self) -> int:
@@ -91,6 +93,10 @@ class Plan:
         return sum(gain.tensor.nbytes for gain in {gain for task in self.tasks for gain in task.gains})
 
     @property
+    def bias_bytes(self) -> int:
+        return sum(bias.nbytes for task in self.tasks for bias in task.biases)
+
+    @property
     def header_bytes(self) -> int:
         return sum(shard.header_bytes for shard in self.checkpoint.shards)
 
@@ -104,8 +110,8 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes the scan reads: headers, gains, weights, and the declared second read."""
-        return self.header_bytes + self.gain_bytes + self.step_bytes
+        """All bytes the scan reads: headers, gains, biases, weights, and the declared second read."""
+        return self.header_bytes + self.gain_bytes + self.bias_bytes + self.step_bytes
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -143,6 +149,7 @@ class Plan:
             "skipped": self.skipped,
             "attention_bytes": self.attention_bytes,
             "gain_bytes": self.gain_bytes,
+            "bias_bytes": self.bias_bytes,
             "header_bytes": self.header_bytes,
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
@@ -225,7 +232,7 @@ def _tasks(attention: AttentionMap) -> list[Task]:
             v = p.view
             rows = (v.tensor.shard, v.tensor.offset_bytes, v.start // v.row_stride, v.group_stride, v.groups, v.rows)
             shared[tower.name, p.layer, *rows].append(p)
-    tasks = []
+    tasks, biases = [], _biases(attention)
     for key in sorted(shared, key=lambda key: [str(key[0]), *key[1:]]):
         projections = sorted(shared[key], key=lambda p: p.view.start)
         view = projections[0].view
@@ -242,9 +249,21 @@ def _tasks(attention: AttentionMap) -> list[Task]:
                 span=max(p.view.start + p.view.cols for p in projections) - view.start,
                 unit_rows=unit_rows(view.row_stride),
                 second_read=any(p.centred and p.residual_is_stored_rows for p in projections),
+                biases=biases.pop((str(key[0]), projections[0].layer), ()),
             )
         )
     return tasks
+
+
+def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
+    """The bias tensors of every layer, in file order; a fused one once. Gains are read on their own account."""
+    found: defaultdict[tuple[str, int], set[TensorSpec]] = defaultdict(set)
+    for tower in attention.towers:
+        gains = {p.gain.tensor for p in tower.projections if p.gain is not None}
+        for vector in tower.vectors:
+            if vector.view.tensor not in gains:
+                found[tower.name, vector.layer].add(vector.view.tensor)
+    return {key: tuple(sorted(specs, key=lambda spec: (spec.shard, spec.offset_bytes))) for key, specs in found.items()}
 
 
 def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
@@ -277,7 +296,7 @@ def _kept_bytes(tasks: Sequence[Task]) -> int:
     by_layer: Counter[tuple[str, int]] = Counter()
     for task in tasks:
         for p in task.projections:
-            fingerprint += 1024 + 2 * p.residual_size + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
+            fingerprint += 1024 + 2 * (p.residual_size or 0) + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
             by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.cols)
     layer_bytes = 2 * max(by_layer.values())
     return gains + fingerprint + layer_bytes

@@ -204,7 +204,7 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
     for statistic in ("std", "mean"):
         assert list(found[statistic]) == ["q", "k", "v", "o"]
         assert all(len(column) == 3 for column in found[statistic].values())
-    tower = {"layers", "heads", "kv_heads", "head_dim", "hidden_size", "std", "mean"}
+    tower = {"layers", "heads", "kv_heads", "head_dim", "hidden_size", "std", "mean", "roles"}
     assert {name: set(each) for name, each in found["towers"].items()} == {"decoder": tower}
     assert all(set(each) == {"pattern", "count", "bytes", "reason"} for each in found["skipped"])
     assert found["caveats"] == []
@@ -325,7 +325,8 @@ def test_plan_says_what_a_scan_then_reads(checkpoint: Path, run_main: Any) -> No
     assert plan["schema"] == "llmfp.plan/1"
     assert plan["bytes_read"] == found["run"]["bytes_read"]
     assert plan["skipped"] == found["skipped"]
-    assert plan["bytes_read"] == plan["attention_bytes"] + plan["gain_bytes"] + plan["header_bytes"]
+    parts = ("attention_bytes", "gain_bytes", "bias_bytes", "header_bytes")
+    assert plan["bytes_read"] == sum(plan[part] for part in parts)
     assert len(plan["reads"]) == 12
 
 

@@ -1,10 +1,10 @@
 """Tensor names and shapes → which bytes are whose query, key, value and output projection.
 
-Families are data (families/*.json), not branches: `families.py` reads them, `matching.py` recognises one and lays
-`WeightView`s over its tensors.
+Families are data (families/*.json), not branches: `families.py` reads them, `matching.py` recognises one, `layouts.py`
+lays `WeightView`s over its tensors, `heads.py` counts heads.
 """
 
 from llmfp.architecture.matching import match
-from llmfp.architecture.specs import AttentionMap, NormGain, Projection, Role, Tower, WeightView
+from llmfp.architecture.specs import AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 
-__all__ = ["AttentionMap", "NormGain", "Projection", "Role", "Tower", "WeightView", "match"]
+__all__ = ["AttentionMap", "NormGain", "Projection", "Role", "Tower", "Vector", "WeightView", "match"]

@@ -1,6 +1,6 @@
 """Families of architectures, read from families/*.json.
 
-A family file says how attention tensors are named and what the norms around them do:
+A family file says how attention tensors are named and laid out and what the norms around them do:
 
     {
       "model_types": ["gpt2"],                      config.json's model_type, to tell look-alikes apart
@@ -10,10 +10,20 @@ A family file says how attention tensors are named and what the norms around the
         "decoder": {
           "blocks": ["transformer.h.{layer}", …],   where layer number {layer} lives, wrappers stripped
           "q": "attn.q_proj.weight", "k": …, "v": …, "o": …,      separate tensors, or
-          "qkv": "attn.c_attn.weight",              one tensor: Q rows, then K rows, then V rows
+          "qkv": "attn.c_attn.weight",              one tensor: all Q rows, then K rows, then V rows; or
+          "qkv": {"tensor": …, "layout": …},        one tensor laid out in one of these ways:
+              "layout": "concat"                    as the string alone
+              "layout": "groups"                    [KV, H/KV + 2, head_dim]: per kv head its query heads, its key head,
+                                                    its value head ([H, 3, head_dim] is KV = H; multi-query is KV = 1)
+              "layout": "shards", "shards": 4       that many parts, each concatenated in itself
+              "order": "qvk"                        order within a part; default "qkv"
+              "groups_unless": "multi_query_…"      equal thirds are groups (KV = H) unless config.json says true
+          "q": {"tensor": …, "layout": "gated"},    per head its query rows, then as many of a gate, which is not read
+          "q_a", "q_b", "kv_a", "kv_b", "kv", "o_a", "o_b"        factors of latent attention
           "stored": "in_out",                       Conv1D: [in, out]; default [out, in]
           "witness": "mlp.c_fc_0.weight",           a name that look-alikes lack
           "draft": "eh_proj.weight",                a name only multi-token-prediction layers have, which are left out
+          "linear": "self_attn.A_log",              a name only linear-attention layers have, which are left out
           "norm": {
             "kind": "layer" | "rms",
             "before": "ln_1.weight",                gain in front of Q, K, V
@@ -24,6 +34,9 @@ A family file says how attention tensors are named and what the norms around the
         }
       }
     }
+
+Wherever a name stands, a list of names that different checkpoints use may stand. The bias of q, k, v or qkv is the
+tensor of the same name that ends in "bias".
 """
 
 from __future__ import annotations
@@ -35,7 +48,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmfp.architecture.specs import ROLES
+from llmfp.architecture.specs import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +61,23 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Fused:
+    """How Q, K and V lie in one tensor; the words are those of the family file."""
+
+    layout: str
+    order: str
+    shards: int
+    groups_unless: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class TowerNames:
-    """One tower of a family, as its file has it."""
+    """One tower of a family, as its file has it; `parts`: the names, below a block, that fill a part."""
 
     blocks: tuple[str, ...]
-    parts: Mapping[str, str]
+    parts: Mapping[str, tuple[str, ...]]
+    fused: Fused
+    gated: bool
     transposed: bool
     norm_kind: str
     norm_offset: float
@@ -64,6 +89,8 @@ class Family:
     name: str
     model_types: frozenset[str]
     generic: bool
+    depth: int
+    """Relatives it is described by: of two look-alikes with a witness each, the one further down is meant."""
     towers: Mapping[str, TowerNames]
 
     @property
@@ -72,10 +99,12 @@ class Family:
         return any(WITNESS in names.parts for names in self.towers.values())
 
 
-PARTS = (*(str(role) for role in ROLES), "qkv")
+PARTS = (*(str(role) for role in Role), "qkv")
 NORM_PARTS = ("before", "after")
 WITNESS = "witness"
 DRAFT = "draft"
+LINEAR = "linear"
+_HAVE_BIAS = ("q", "k", "v", "qkv")
 
 
 @cache
@@ -93,8 +122,9 @@ def slots() -> Mapping[str, tuple[Slot, ...]]:
     for family in families().values():
         for tower, names in family.towers.items():
             for block in names.blocks:
-                for part, suffix in names.parts.items():
-                    table.setdefault(f"{block}.{suffix}", []).append(Slot(family.name, tower, part))
+                for part, suffixes in names.parts.items():
+                    for suffix in suffixes:
+                        table.setdefault(f"{block}.{suffix}", []).append(Slot(family.name, tower, part))
     return {name: tuple(found) for name, found in table.items()}
 
 
@@ -107,20 +137,44 @@ def _inherited(name: str, raw: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     for tower, names in base["towers"].items():
         change = own.get("towers", {}).get(tower, {})
         towers[tower] = {key: value for key, value in {**names, **change}.items() if value is not None}
-    return {"model_types": own["model_types"], "towers": towers}
+    return {"model_types": own["model_types"], "depth": base.get("depth", 0) + 1, "towers": towers}
 
 
 def _family(name: str, raw: Mapping[str, Any]) -> Family:
     towers = {}
     for tower, names in raw["towers"].items():
-        parts = {part: names[part] for part in (*PARTS, WITNESS, DRAFT) if part in names}
-        parts |= {part: names["norm"][part] for part in NORM_PARTS if part in names["norm"]}
+        norm = names["norm"]
+        parts = {part: _suffixes(names[part]) for part in (*PARTS, WITNESS, DRAFT, LINEAR) if part in names}
+        parts |= {part: _suffixes(norm[part]) for part in NORM_PARTS if part in norm}
+        parts |= {f"{part}_bias": tuple(map(_bias, parts[part])) for part in _HAVE_BIAS if part in parts}
         towers[tower] = TowerNames(
             blocks=tuple(names["blocks"]),
             parts=parts,
+            fused=_fused(names.get("qkv")),
+            gated=isinstance(names.get("q"), Mapping) and names["q"]["layout"] == "gated",
             transposed=names.get("stored") == "in_out",
-            norm_kind=names["norm"]["kind"],
-            norm_offset=float(names["norm"].get("offset", 0.0)),
-            post_norm=names["norm"].get("post", False),
+            norm_kind=norm["kind"],
+            norm_offset=float(norm.get("offset", 0.0)),
+            post_norm=norm.get("post", False),
         )
-    return Family(name, frozenset(raw["model_types"]), raw.get("generic", False), towers)
+    return Family(name, frozenset(raw["model_types"]), raw.get("generic", False), raw.get("depth", 0), towers)
+
+
+def _suffixes(value: Any) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        value = value["tensor"]
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _bias(suffix: str) -> str:
+    return suffix.removesuffix("weight") + "bias"
+
+
+def _fused(value: Any) -> Fused:
+    said = value if isinstance(value, Mapping) else {}
+    return Fused(
+        layout=said.get("layout", "concat"),
+        order=said.get("order", "qkv"),
+        shards=said.get("shards", 1),
+        groups_unless=said.get("groups_unless"),
+    )

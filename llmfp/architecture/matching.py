@@ -1,7 +1,8 @@
-"""Recognises a family by its tensor names and lays views over its attention weights.
+"""Recognises a family by its tensor names and gathers what its towers are made of.
 
 Names are matched whole, from the first component on: a vision tower's `self_attn.q_proj` is never taken for the
-decoder's. Where config.json contradicts the shapes, the shapes win and a caveat says so.
+decoder's. Where config.json contradicts the shapes, the shapes win and a caveat says so. How tensors become views is in
+layouts.py, how many heads there are in heads.py.
 """
 
 from __future__ import annotations
@@ -12,18 +13,27 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmfp.architecture.families import DRAFT, NORM_PARTS, PARTS, WITNESS, Family, Slot, TowerNames, families, slots
-from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, WeightView
+from llmfp.architecture.config import DRAFT_LAYERS, LAYERS, integer, model_types, of_language_model
+from llmfp.architecture.families import (
+    DRAFT,
+    LINEAR,
+    NORM_PARTS,
+    PARTS,
+    WITNESS,
+    Family,
+    Slot,
+    TowerNames,
+    families,
+    slots,
+)  # fmt: skip
+from llmfp.architecture.heads import count_heads, head_sizes
+from llmfp.architecture.layouts import FUSED, lay_bias, lay_views, named
+from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.errors import ArchitectureError, EncodingError, LlmfpError
 
-_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads")
-_HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _SCALES = (
     "weight_scale", "weight_scale_inv", "weight_scale_2", "scale", "scales", "scale_weight", "qscale_weight", "SCB",
     "weight.absmax",
@@ -32,8 +42,10 @@ _PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FLOATS_8BIT = ("F8_E4M3", "F8_E5M2")
 _CLOSEST = 6
-_DRAFT_REASON = "multi-token prediction, not a decoder layer"
-_MOST_NAMES, _LONGEST_NAME = 1000, 80
+_LEFT_OUT = {DRAFT: "multi-token prediction, not a decoder layer", LINEAR: "linear attention"}
+_DRAFT_NAME = re.compile(r"(^|\.)mtp")
+_OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|vit|sam|clip|siglip|image|audio|speech)[^.]*\.")
+_MOST_NAMES, _LONGEST_NAME, _LONGEST_PART = 20_000, 200, 40
 
 
 class _Found(NamedTuple):
@@ -47,24 +59,28 @@ class _Found(NamedTuple):
 
 def match(checkpoint: Checkpoint) -> AttentionMap:
     """The attention projections of a checkpoint. Raises ArchitectureError when none is recognised."""
-    candidates = _recognise(checkpoint.tensors.values())
-    config = _text_config(checkpoint.config)
-    family = _choose(candidates, _model_types(checkpoint.config))
+    config = of_language_model(checkpoint.config)
+    recognised = _recognise(checkpoint.tensors.values())
+    left_out = _layers_left_out(recognised, config)
+    candidates = [each for each in recognised if (each.block, each.layer) not in left_out]
+    family = _choose(candidates, model_types(checkpoint.config))
     if family is None:
         raise _unrecognised(checkpoint)
-    found = [found for found in candidates if found.slot.family == family.name]
-    drafts = {(each.block, each.layer) for each in found if each.slot.part == DRAFT}
-    found = _one_stack_per_tower(each for each in found if (each.block, each.layer) not in drafts)
+    found = _one_stack_per_tower(each for each in candidates if each.slot.family == family.name)
     caveats = _config_caveats(checkpoint, family, config, found)
     towers = []
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
         in_tower = [each for each in found if each.slot.tower == name]
         towers.append(_tower(checkpoint, name, family.towers[name], in_tower, config, caveats))
     used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
-    used |= {p.gain.tensor.name for tower in towers for p in tower.projections if p.gain}
+    used |= {vector.view.tensor.name for tower in towers for vector in tower.vectors}
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
-    skipped |= {c.spec.name: _DRAFT_REASON for c in candidates if (c.block, c.layer) in drafts}
-    return AttentionMap(family.name, tuple(towers), skipped, tuple(caveats))
+    skipped |= {
+        each.spec.name: left_out[each.block, each.layer]
+        for each in recognised
+        if (each.block, each.layer) in left_out and each.slot.part in PARTS
+    }
+    return AttentionMap(family.name, tuple(towers), skipped, tuple(dict.fromkeys(caveats)))
 
 
 def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
@@ -83,7 +99,22 @@ def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
     return result
 
 
-def _choose(candidates: Iterable[_Found], model_types: set[str]) -> Family | None:
+def _layers_left_out(recognised: Iterable[_Found], config: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """Layers that use attention's names for something else, by block and number, with what they are.
+
+    A tensor only they have tells; or config.json says that prediction layers follow the last decoder layer.
+    """
+    layers, drafts = integer(config, LAYERS), integer(config, DRAFT_LAYERS)
+    left_out = {}
+    for each in recognised:
+        if each.slot.part in _LEFT_OUT:
+            left_out[each.block, each.layer] = _LEFT_OUT[each.slot.part]
+        elif layers is not None and drafts is not None and layers <= each.layer < layers + drafts:
+            left_out[each.block, each.layer] = _LEFT_OUT[DRAFT]
+    return left_out
+
+
+def _choose(candidates: Iterable[_Found], stated_types: set[str]) -> Family | None:
     """The family the config names, if its tensors are there; else the one that explains most attention tensors, then
     most tensors."""
     explained: Counter[str] = Counter()
@@ -98,15 +129,16 @@ def _choose(candidates: Iterable[_Found], model_types: set[str]) -> Family | Non
     known = families()
 
     def possible(name: str) -> bool:
-        return bool(known[name].model_types & model_types) or not known[name].has_witness or name in with_witness
+        return bool(known[name].model_types & stated_types) or not known[name].has_witness or name in with_witness
 
     ranked = sorted(
         filter(possible, with_attention),
         key=lambda name: (
-            not known[name].model_types & model_types,
+            not known[name].model_types & stated_types,
             -with_attention[name],
             -explained[name],
             not known[name].generic,
+            -known[name].depth,
             name,
         ),
     )
@@ -137,85 +169,88 @@ def _tower(
     for each in found:
         if other := by_layer[each.layer].get(each.slot.part):
             raise ArchitectureError(
-                f"{_file(checkpoint, each.spec)}: tensors {other.name!r} and {each.spec.name!r} "
+                f"{checkpoint.shards[each.spec.shard].path}: tensors {other.name!r} and {each.spec.name!r} "
                 f"are both the {each.slot.part} of {name} layer {each.layer}"
             )
         by_layer[each.layer][each.slot.part] = each.spec
-    views: dict[tuple[int, Role], WeightView] = {}
+    layers: dict[int, dict[Role, WeightView]] = {}
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
             if part in PARTS:
                 _check_readable(checkpoint, parts[part])
-        in_layer = _views(checkpoint, parts, names.transposed)
-        _check_shapes(checkpoint, in_layer)
-        views |= {(layer, role): view for role, view in in_layer.items()}
-    layers = {layer for layer, _ in views}
-    missing = Counter(role for role in ROLES for layer in layers if (layer, role) not in views)
-    caveats += [f"{count} of {len(layers)} {name} layers have no {role} projection" for role, count in missing.items()]
-    heads, kv_heads, head_dim = _head_counts(views, config, caveats)
-    projections = []
-    for (layer, role), view in views.items():
-        gain = _gain(by_layer[layer], role, names, view, caveats)
-        # Behind a post-norm's gain and bias the input has a mean of its own: only a pre-norm hides it from the reads.
-        centred = names.norm_kind == "layer" and not (role.reads and names.post_norm)
-        projections.append(Projection(layer, role, view, gain, centred, head_dim))
-    hidden_size = Counter(p.residual_size for p in projections).most_common(1)[0][0]
-    return Tower(name, tuple(projections), heads, kv_heads, head_dim, hidden_size)
+        if views := lay_views(checkpoint, parts, names, config):
+            layers[layer] = views
+    caveats += _role_caveats(checkpoint, name, names, layers)
+    heads = count_heads(layers, config, caveats)
+    projections: list[Projection] = []
+    vectors: list[Vector] = []
+    for layer, views in layers.items():
+        sizes = head_sizes(views, heads)
+        in_layer = []
+        for role, view in views.items():
+            gain = _gain(by_layer[layer], role, names, view, caveats)
+            # Behind a post-norm's gain and bias the input has a mean of its own: only a pre-norm hides it from reads.
+            centred = names.norm_kind == "layer" and (role.writes or (role.reads and not names.post_norm))
+            in_layer.append(Projection(layer, role, view, gain, centred, sizes[role]))
+        projections += in_layer
+        vectors += [*_norm_vectors(in_layer), *_bias_vectors(by_layer[layer], layer, views, caveats)]
+    hidden_size = _most_common(p.residual_size for p in projections if p.role.writes)
+    hidden_size = hidden_size or _most_common(p.residual_size for p in projections) or 0
+    return Tower(name, tuple(projections), tuple(vectors), *heads, hidden_size)
 
 
-def _views(checkpoint: Checkpoint, parts: Mapping[str, TensorSpec], transposed: bool) -> dict[Role, WeightView]:
-    views = {}
-    for role in ROLES:
-        if role in parts:
-            rows, cols = parts[role].shape
-            views[role] = WeightView(parts[role], 1, rows, cols, 0, rows * cols, cols, transposed)
-    if "qkv" in parts:
-        views |= _split_concatenated(checkpoint, parts["qkv"], views.get(Role.O), transposed)
-    return views
+def _role_caveats(
+    checkpoint: Checkpoint, name: str, names: TowerNames, layers: Mapping[int, Mapping[Role, WeightView]]
+) -> list[str]:
+    """What is missing or not read. Raises ArchitectureError for a tower without a single query projection."""
+    present = Counter(role for views in layers.values() for role in views)
+    if not {Role.Q, Role.Q_A, Role.Q_B} & present.keys():
+        view = next(view for views in layers.values() for view in views.values())
+        raise ArchitectureError(f"{named(checkpoint, view.tensor)} was recognised, but no layer's query projection")
+    expected: Iterable[Role] = ROLES
+    caveats = []
+    if {Role.KV_A, Role.KV} & present.keys():
+        expected = present
+        caveats.append(f"latent attention in the {name}: no plain k or v exists, the factors are under roles")
+    caveats += [
+        f"{len(layers) - present[role]} of {len(layers)} {name} layers have no {role} projection"
+        for role in expected
+        if present[role] < len(layers)
+    ]
+    if names.gated and any(Role.Q in views and views[Role.Q].groups > 1 for views in layers.values()):
+        caveats.append(f"half of every {name} query tensor is a gate, which is not read")
+    return caveats
 
 
-def _split_concatenated(
-    checkpoint: Checkpoint, spec: TensorSpec, o: WeightView | None, transposed: bool
-) -> dict[Role, WeightView]:
-    """Q, then K, then V along the outputs of one tensor. O reads what Q's heads put out, so O's shape gives Q's."""
-    rows, cols = spec.shape
-    outputs = cols if transposed else rows
-    if o is None:
-        raise ArchitectureError(
-            f"{_file(checkpoint, spec)}: tensor {spec.name!r} cannot be split without its layer's output projection"
-        )
-    kv_outputs, odd = divmod(outputs - o.inputs, 2)
-    if odd or kv_outputs <= 0:
-        raise ArchitectureError(
-            f"{_file(checkpoint, spec)}: tensor {spec.name!r} of shape {list(spec.shape)} "
-            f"does not split into {o.inputs} query outputs and equal keys and values"
-        )
-    views, first = {}, 0
-    for role, size in ((Role.Q, o.inputs), (Role.K, kv_outputs), (Role.V, kv_outputs)):
-        shape = (rows, size) if transposed else (size, cols)
-        start = first if transposed else first * cols
-        views[role] = WeightView(spec, 1, *shape, start, rows * cols, cols, transposed)
-        first += size
-    return views
+def _norm_vectors(projections: Iterable[Projection]) -> list[Vector]:
+    vectors = {}
+    for p in projections:
+        if p.gain is not None:
+            size = p.gain.tensor.shape[0]
+            view = WeightView(p.gain.tensor, 1, 1, size, 0, size, size, False)
+            role = "norm" if p.role.reads else "post_norm"
+            vectors[role] = Vector(p.layer, role, view, p.gain.offset)
+    return list(vectors.values())
 
 
-def _check_shapes(checkpoint: Checkpoint, views: Mapping[Role, WeightView]) -> None:
-    """Q puts out what O reads and K what V puts out, or, where keys and values differ in size per head, in proportion.
-
-    Raises ArchitectureError where they do not: a query fused with its gate (Qwen3-Next) is no query.
-    """
-    if len(views) < len(ROLES):
-        return
-    q, k, v, o = (views[role] for role in ROLES)
-    if q.outputs * v.outputs != o.inputs * k.outputs:
-        raise ArchitectureError(
-            f"{_file(checkpoint, q.tensor)}: tensor {q.tensor.name!r} has {q.outputs} outputs where {o.tensor.name!r} "
-            f"reads {o.inputs}, with {k.outputs} key and {v.outputs} value outputs; this layout is not known"
-        )
+def _bias_vectors(
+    parts: Mapping[str, TensorSpec], layer: int, views: Mapping[Role, WeightView], caveats: list[str]
+) -> list[Vector]:
+    vectors = []
+    for role in (Role.Q, Role.K, Role.V):
+        bias = parts.get(f"{role}_bias") or parts.get(f"{FUSED}_bias")
+        if role not in views or bias is None:
+            continue
+        view = lay_bias(views[role], bias)
+        if view is None or bias.dtype not in _FLOATS:
+            caveats.append(f"bias {bias.name!r} is {bias.dtype} {list(bias.shape)}, which does not fit its weights")
+        else:
+            vectors.append(Vector(layer, f"{role}_bias", view, 0.0))
+    return vectors
 
 
 def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
-    where = f"{_file(checkpoint, spec)}: tensor {spec.name!r}"
+    where = named(checkpoint, spec)
     if len(spec.shape) != 2:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)}; an attention projection has two dimensions")
     if 0 in spec.shape:
@@ -247,6 +282,8 @@ def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
 def _gain(
     parts: Mapping[str, TensorSpec], role: Role, names: TowerNames, view: WeightView, caveats: list[str]
 ) -> NormGain | None:
+    if not (role.reads or role.writes):
+        return None
     spec = parts.get(NORM_PARTS[0] if role.reads else NORM_PARTS[1])
     if spec is None:
         return None
@@ -258,37 +295,6 @@ def _gain(
     return NormGain(spec, names.norm_offset)
 
 
-def _head_counts(
-    views: Mapping[tuple[int, Role], WeightView], config: Mapping[str, Any], caveats: list[str]
-) -> tuple[int | None, int | None, int | None]:
-    """(heads, kv_heads, head_dim) of most layers. The config says how many heads, the shapes how large they are."""
-    outputs = {role: Counter(v.outputs for (_, r), v in views.items() if r is role) for role in (Role.Q, Role.K)}
-    if not outputs[Role.Q]:
-        return None, None, None
-    q_outputs = outputs[Role.Q].most_common(1)[0][0]
-    heads, stated_dim = _integer(config, _HEADS), _integer(config, _HEAD_DIM)
-    if heads is None or q_outputs % heads:
-        if heads is not None:
-            caveats.append(f"config.json says {heads} heads, which do not divide the {q_outputs} query outputs")
-        if stated_dim is None or q_outputs % stated_dim:
-            return None, None, None
-        heads = q_outputs // stated_dim
-    head_dim = q_outputs // heads
-    if stated_dim is not None and stated_dim != head_dim:
-        caveats.append(f"config.json says head_dim {stated_dim}, the shapes say {head_dim}; the shapes are used")
-    if not outputs[Role.K]:
-        return heads, None, head_dim
-    kv_outputs = outputs[Role.K].most_common(1)[0][0]
-    stated_kv = _integer(config, _KV_HEADS)
-    if kv_outputs % head_dim:
-        caveats.append(f"{kv_outputs} key outputs are no whole number of heads of {head_dim}")
-        return heads, None, head_dim
-    kv_heads = kv_outputs // head_dim
-    if stated_kv is not None and stated_kv != kv_heads:
-        caveats.append(f"config.json says {stated_kv} kv heads, the shapes say {kv_heads}; the shapes are used")
-    return heads, kv_heads, head_dim
-
-
 def _config_caveats(
     checkpoint: Checkpoint, family: Family, config: Mapping[str, Any], found: Iterable[_Found]
 ) -> list[str]:
@@ -298,35 +304,17 @@ def _config_caveats(
             f"and the norms are assumed to be those of the {family.name} family"
         ]
     caveats = []
-    model_types = _model_types(checkpoint.config)
-    if model_types and not model_types & family.model_types:
+    stated_types = model_types(checkpoint.config)
+    if stated_types and not stated_types & family.model_types:
         caveats.append(
-            f"model type {', '.join(map(repr, sorted(model_types)))} is not known; "
+            f"model type {', '.join(map(repr, sorted(stated_types)))} is not known; "
             f"names match the {family.name} family, whose norms are assumed"
         )
     stored = len({each.layer for each in found if each.slot.part in PARTS and each.slot.tower != "encoder"})
-    stated = _integer(config, _LAYERS)
+    stated = integer(config, LAYERS)
     if stated is not None and stored > stated:
         caveats.append(f"config.json says {stated} layers, {stored} are stored; all are used")
     return caveats
-
-
-def _model_types(config: Mapping[str, Any]) -> set[str]:
-    nested = (value for value in config.values() if isinstance(value, Mapping))
-    stated = (each.get("model_type") for each in (config, *nested))
-    return {model_type for model_type in stated if isinstance(model_type, str)}
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of the config that describes the language model."""
-    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
-        if isinstance(config.get(key), Mapping):
-            return {**config, **config[key]}
-    return config
-
-
-def _integer(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
-    return next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), None)
 
 
 def pattern(name: str) -> str:
@@ -337,6 +325,12 @@ def pattern(name: str) -> str:
 def _why_skipped(name: str) -> str:
     if "expert" in name:
         return "expert weights, never read"
+    if _DRAFT_NAME.search(name):
+        return _LEFT_OUT[DRAFT]
+    if _OTHER_TOWER.search(name):
+        return "another tower than the language model's"
+    if "linear_attn." in name:
+        return _LEFT_OUT[LINEAR]
     if name.endswith("bias"):
         return "a bias"
     if "norm" in name or ".ln_" in name:
@@ -351,12 +345,12 @@ def _unrecognised(checkpoint: Checkpoint) -> LlmfpError:
     for name, spec in checkpoint.tensors.items():
         if ".lora_A." in name:
             return ArchitectureError(
-                f"{_file(checkpoint, spec)}: tensor {name!r} belongs to a LoRA adapter, which is not a model",
+                f"{named(checkpoint, spec)} belongs to a LoRA adapter, which is not a model",
                 hint="adapters are not supported yet; scan the base model, or the adapter merged into it",
             )
         if method := _PACKED.get(name.rpartition(".")[2]):
             return EncodingError(
-                f"{_file(checkpoint, spec)}: tensor {name!r} is quantised ({method}), which is not supported yet",
+                f"{named(checkpoint, spec)} is quantised ({method}), which is not supported yet",
                 hint="scan the unquantised checkpoint",
             )
     return ArchitectureError(
@@ -379,5 +373,6 @@ def _closest(names: Iterable[str]) -> str:
     return "; closest names: " + ", ".join(best) if best else "; the checkpoint holds no tensor"
 
 
-def _file(checkpoint: Checkpoint, spec: TensorSpec) -> Path:
-    return checkpoint.shards[spec.shard].path
+def _most_common(sizes: Iterable[int | None]) -> int | None:
+    counted = Counter(size for size in sizes if size is not None)
+    return counted.most_common(1)[0][0] if counted else None

@@ -10,24 +10,43 @@ from llmfp.checkpoint import TensorSpec
 
 
 class Role(StrEnum):
-    """What a projection does. Q, K and V read the residual stream, O writes it."""
+    """What a projection does: Q, K, V, O, or a factor of them in latent attention (K and V share KV or KV_A, KV_B)."""
 
     Q = "q"
     K = "k"
     V = "v"
     O = "o"  # noqa: E741
+    Q_A = "q_a"
+    Q_B = "q_b"
+    KV_A = "kv_a"
+    KV_B = "kv_b"
+    KV = "kv"
+    O_A = "o_a"
+    O_B = "o_b"
 
     @property
     def reads(self) -> bool:
-        return self is not Role.O
+        """Whether its inputs are the residual stream."""
+        return self in (Role.Q, Role.K, Role.V, Role.Q_A, Role.KV_A, Role.KV)
+
+    @property
+    def writes(self) -> bool:
+        """Whether its outputs are the residual stream; the second of two factors does neither."""
+        return self in (Role.O, Role.O_B)
+
+    @property
+    def heads_at_outputs(self) -> bool:
+        """Whether heads run along its outputs; else along its inputs."""
+        return self not in (Role.O, Role.O_A, Role.O_B)
 
 
-ROLES = tuple(Role)
+ROLES = (Role.Q, Role.K, Role.V, Role.O)
+"""The roles every plain attention layer has."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """One role's part of one stored 2-D tensor: groups × rows × columns of elements, in stored orientation.
+    """One role's part of one stored tensor: groups × rows × columns of elements, in stored orientation.
 
     Element (g, i, j) is number start + g·group_stride + i·row_stride + j of the tensor. A plain matrix has one group;
     a fused tensor that interleaves Q, K and V per head has one group per head. `transposed` says that the tensor is
@@ -73,7 +92,7 @@ class Projection:
 
     gain      of the norm before it (Q, K, V) or after it (O); None where that is 1
     centred   a LayerNorm removes the residual stream's mean, so the mean direction carries no meaning (EVIDENCE: J)
-    head_dim  outputs (Q, K, V) or inputs (O) per head; None when unknown
+    head_dim  outputs (Q, K, V) or inputs (O) per head; None when unknown, and where a factor has no heads
     """
 
     layer: int
@@ -84,13 +103,31 @@ class Projection:
     head_dim: int | None
 
     @property
-    def residual_size(self) -> int:
-        return self.view.inputs if self.role.reads else self.view.outputs
+    def residual_size(self) -> int | None:
+        """Coordinates of the residual stream that it reads or writes; None for a factor inside latent attention."""
+        if self.role.reads:
+            return self.view.inputs
+        return self.view.outputs if self.role.writes else None
 
     @property
     def residual_is_stored_rows(self) -> bool:
-        """Whether the residual coordinates run along the stored rows; else along the stored columns."""
-        return self.view.transposed == self.role.reads
+        """Whether the residual coordinates run along the stored rows, and heads along the stored columns."""
+        return self.view.transposed == self.role.heads_at_outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """A bias or a gain next to attention, of which σ and mean are kept: `q_bias`, `k_bias`, `v_bias`, `norm` (in front
+    of Q, K, V), `post_norm` (behind O).
+
+    view    rows × columns within a 1-D tensor: one row, or one per group where its weights are interleaved
+    offset  added to the stored mean: the gain of a norm that multiplies by 1 + weight
+    """
+
+    layer: int
+    role: str
+    view: WeightView
+    offset: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +136,7 @@ class Tower:
 
     name: str
     projections: tuple[Projection, ...]
+    vectors: tuple[Vector, ...]
     heads: int | None
     kv_heads: int | None
     head_dim: int | None
@@ -107,6 +145,12 @@ class Tower:
     @property
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({p.layer for p in self.projections}))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Names under which statistics are kept: q, k, v, o, then latent factors, then biases and gains as stored."""
+        factors = (str(role) for role in Role if any(p.role is role for p in self.projections))
+        return tuple(dict.fromkeys([*map(str, ROLES), *factors, *(vector.role for vector in self.vectors)]))
 
 
 @dataclass(frozen=True, slots=True)

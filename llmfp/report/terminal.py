@@ -51,7 +51,7 @@ def plan_table(plan: Plan) -> str:
         "",
         f"reads {plan.total_bytes:,} of {stored:,} bytes ({100 * plan.total_bytes / max(stored, 1):.1f} %):",
         f"attention {plan.attention_bytes:,}, again for LayerNorm {plan.second_read_bytes:,}, "
-        f"norm gains {plan.gain_bytes:,}, headers {plan.header_bytes:,}",
+        f"norm gains {plan.gain_bytes:,}, biases {plan.bias_bytes:,}, headers {plan.header_bytes:,}",
     ]
     lines += [f"caveat: {caveat}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
     return "\n".join(map(printable, lines))

@@ -1,0 +1,90 @@
+"""How many heads a tower has and how large they are. Shapes win over config.json, and a caveat says so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from llmfp.architecture.config import HEAD_DIM, HEADS, KV_HEADS, integer
+from llmfp.architecture.layouts import latent_heads
+from llmfp.architecture.specs import Role, WeightView
+
+Layers = Mapping[int, Mapping[Role, WeightView]]
+
+
+class Heads(NamedTuple):
+    """Those of most layers, None when unknown; `head_dim` is a query head's."""
+
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+
+
+def count_heads(layers: Layers, config: Mapping[str, Any], caveats: list[str]) -> Heads:
+    """The config says how many heads there are, the shapes how large they are."""
+    q_outputs = _most([_queries(views) for views in layers.values()])
+    if q_outputs is None:
+        return Heads(None, None, None)
+    heads, stated_dim = integer(config, HEADS), integer(config, HEAD_DIM)
+    if by_shapes := _most([latent_heads(views) for views in layers.values()]):
+        if heads is not None and heads != by_shapes:
+            caveats.append(f"config.json says {heads} heads, the shapes say {by_shapes}; the shapes are used")
+        return Heads(by_shapes, None, q_outputs // by_shapes)
+    if heads is None or q_outputs % heads:
+        if heads is not None:
+            caveats.append(f"config.json says {heads} heads, which do not divide the {q_outputs} query outputs")
+        if stated_dim is None or q_outputs % stated_dim:
+            return Heads(None, None, None)
+        heads = q_outputs // stated_dim
+    head_dim = q_outputs // heads
+    if stated_dim is not None and stated_dim != head_dim:
+        caveats.append(f"config.json says head_dim {stated_dim}, the shapes say {head_dim}; the shapes are used")
+    kv_outputs = _most([views[Role.K].outputs if Role.K in views else None for views in layers.values()])
+    if kv_outputs is None:
+        return Heads(heads, None, head_dim)
+    stated_kv = integer(config, KV_HEADS)
+    if kv_outputs % head_dim:
+        caveats.append(f"{kv_outputs} key outputs are no whole number of heads of {head_dim}")
+        return Heads(heads, None, head_dim)
+    kv_heads = kv_outputs // head_dim
+    if stated_kv is not None and stated_kv != kv_heads:
+        caveats.append(f"config.json says {stated_kv} kv heads, the shapes say {kv_heads}; the shapes are used")
+    return Heads(heads, kv_heads, head_dim)
+
+
+def head_sizes(views: Mapping[Role, WeightView], tower: Heads) -> dict[Role, int | None]:
+    """Rows (or, for O, columns) per head of each of a layer's projections; None where that is not known.
+
+    A layer whose queries are not those of most layers has more heads or larger ones, and nothing says which.
+    """
+    sizes: dict[Role, int | None] = dict.fromkeys(views)
+    if tower.heads is None or tower.head_dim is None:
+        return sizes
+    if (q_outputs := _queries(views)) is not None and q_outputs != tower.heads * tower.head_dim:
+        return sizes
+    kv_heads = views[Role.K].outputs // tower.head_dim if Role.K in views else tower.kv_heads
+    for role, view in views.items():
+        if role in (Role.Q, Role.Q_B, Role.K):
+            sizes[role] = tower.head_dim
+        elif role is Role.V:
+            sizes[role] = _share(view.outputs, kv_heads)
+        elif role is Role.O:
+            sizes[role] = _share(view.inputs, tower.heads)
+        elif role is Role.KV_B:
+            sizes[role] = _share(view.outputs, tower.heads)
+    return sizes
+
+
+def _share(size: int, heads: int | None) -> int | None:
+    return size // heads if heads and size % heads == 0 else None
+
+
+def _queries(views: Mapping[Role, WeightView]) -> int | None:
+    view = views.get(Role.Q_B) or views.get(Role.Q)
+    return None if view is None else view.outputs
+
+
+def _most(values: list[int | None]) -> int | None:
+    counted = Counter(value for value in values if value is not None)
+    return counted.most_common(1)[0][0] if counted else None
