@@ -117,6 +117,7 @@ class Layout:
     post      no norm in front of Q, K, V: they read the stream as it is
     square    heads · head_dim equals the hidden size and K, V have as many heads as Q
     one_kv    K and V have one head
+    doubled   Q, K and V read the residual stream and, beside it, the embeddings
     config    the family's own keys, `{heads}` and so on by name
     extra     tensors beside attention, per layer, that must not be read
     between   tensors of a layer of another kind behind the last one
@@ -142,6 +143,7 @@ class Layout:
     post: bool = False
     square: bool = False
     one_kv: bool = False
+    doubled: bool = False
     tower: str = "decoder"
     extra: tuple[str, ...] = ()
     between: tuple[str, ...] = ()
@@ -291,6 +293,13 @@ LAYOUTS: dict[str, list[Layout]] = {
             "opt", {"model_type": "opt", **_BERT_CONFIG}, "model.decoder.layers.{}",
             **{**_LLAMA_NAMES, "o": "self_attn.out_proj.weight"}, norm="layer", before="self_attn_layer_norm.weight",
             square=True, extra=("fc1.weight", "self_attn_layer_norm.bias"),
+        )
+    ],
+    "opt, 350m": [
+        Layout(
+            "opt", {"model_type": "opt", **_BERT_CONFIG, "do_layer_norm_before": False}, "model.decoder.layers.{}",
+            **{**_LLAMA_NAMES, "o": "self_attn.out_proj.weight"}, norm="layer", post=True, square=True,
+            extra=("self_attn_layer_norm.weight", "self_attn_layer_norm.bias"),
         )
     ],
     "nemotron_h": [
@@ -455,6 +464,12 @@ LAYOUTS: dict[str, list[Layout]] = {
             extra=("ff_norm.weight", "ff_proj.weight", "ff_out.weight", "q_norm.weight"),
         )
     ],
+    "molmo, norm behind attention": [
+        Layout(
+            "molmo", {"model_type": "molmo", **LLAMA_CONFIG, "norm_after": True}, "model.transformer.blocks.{}",
+            qkv="att_proj.weight", o="attn_out.weight", after="attn_norm.weight", post=True,
+        )
+    ],
     "hf_olmo": [
         Layout(
             "hf_olmo", {"model_type": "hf_olmo", "n_heads": "heads", "n_layers": "layers", "d_model": "hidden"},
@@ -515,7 +530,8 @@ LAYOUTS: dict[str, list[Layout]] = {
     "zamba": [
         Layout(
             "zamba", {"model_type": "zamba2", **LLAMA_CONFIG}, "model.layers.{}.shared_transformer", **_LLAMA_NAMES,
-            before="input_layernorm.weight", extra=("pre_ff_layernorm.weight", "feed_forward.gate_up_proj.weight"),
+            doubled=True, before="input_layernorm.weight",
+            extra=("pre_ff_layernorm.weight", "feed_forward.gate_up_proj.weight"),
         )
     ],
     "mbart": _bart_like("mbart", "whisper", before="self_attn_layer_norm.weight"),
@@ -612,7 +628,8 @@ def build(
 
 def _add_layer(model: Model, layout: Layout, layer: int, kv_heads: int, rng: np.random.Generator) -> None:
     q_size, kv_size = model.heads * model.head_dim, kv_heads * model.head_dim
-    shapes = {"q": (q_size, model.hidden), "k": (kv_size, model.hidden), "v": (kv_size, model.hidden)}
+    inputs = model.hidden * (2 if layout.doubled else 1)
+    shapes = {"q": (q_size, inputs), "k": (kv_size, inputs), "v": (kv_size, inputs)}
     shapes["o"] = (model.hidden, q_size)
     head_sizes = dict.fromkeys("qkvo", model.head_dim)
     if layout.factors:
@@ -625,7 +642,7 @@ def _add_layer(model: Model, layout: Layout, layer: int, kv_heads: int, rng: np.
     gains = {}
     for part, vector in (("before", "norm"), ("after", "post_norm")):
         if suffix := getattr(layout, part):
-            gains[part] = rng.uniform(0.5, 2.0, model.hidden).astype(np.float32)
+            gains[part] = rng.uniform(0.5, 2.0, inputs if part == "before" else model.hidden).astype(np.float32)
             model.tensors[f"{block}.{suffix}"] = gains[part] - np.float32(layout.offset)
             model.vectors[layout.tower, layer, vector] = gains[part].astype(np.float64)
     for role, weights in drawn.items():

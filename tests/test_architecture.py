@@ -7,6 +7,7 @@ A family without a row in `tests.checkpoints.LAYOUTS` fails here.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,8 +137,9 @@ def test_nothing_but_attention_and_what_is_next_to_it_is_read(
 
 INDISTINCT = {
     "gemma": "llama", "cohere": "llama", "olmo": "llama", "openai_gpt": "gpt2", "bart": "mbart", "falcon, 7B": "bloom",
+    "opt, 350m": "opt", "molmo, norm behind attention": "molmo",
 }  # fmt: skip
-"""Families that differ from another in their norms only, and no name shows it."""
+"""Cases that differ from that family in their norms only, and no name shows it."""
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
@@ -239,6 +241,122 @@ def test_a_fused_tensor_that_does_not_split_is_refused(outputs: int, tmp_path: P
     model.tensors["model.layers.0.self_attn.qkv_proj.weight"] = np.ones((outputs, 24), np.float32)
     with pytest.raises(ArchitectureError, match=r"layers\.0\.self_attn\.qkv_proj.*does not split"):
         scan(model.write(tmp_path))
+
+
+def refused(case: str, tmp_path: Path, name: str, shape: tuple[int, ...] | None = None, **config: Any) -> str:
+    """The one line with which a model is refused whose first layer's tensor has that shape, or that config.json."""
+    model = build(case)
+    assert model.config is not None
+    full = next(each for each in model.tensors if each.endswith(name))
+    if shape is not None:
+        model.tensors[full] = np.ones(shape, np.float32)
+    stated = {key: value for key, value in {**model.config, **config}.items() if value is not None}
+    with pytest.raises(ArchitectureError) as caught:
+        scan(write_model(tmp_path, model.tensors, stated))
+    assert full in str(caught.value)
+    return str(caught.value)
+
+
+def test_interleaved_heads_are_never_split_by_a_guess(tmp_path: Path) -> None:
+    """Any number of heads fits a tensor's shape: one that config.json does not state, or that cannot be, is refused."""
+    fused = "query_key_value.weight"
+    said = refused("gpt_neox", tmp_path / "0", fused, num_attention_heads=None)
+    assert "config.json does not say how many heads" in said
+    assert "5 that config.json states do not make up its 32 query outputs" in refused(
+        "gpt_neox", tmp_path / "1", fused, num_attention_heads=5
+    )
+    assert "4 of 16 that config.json states" in refused("gpt_neox", tmp_path / "2", fused, head_dim=16)
+    assert "4 query heads of 8" in refused("falcon", tmp_path / "3", fused, (32 + 2 * 12, 24))
+    assert "4 query heads of 8" in refused("falcon", tmp_path / "4", fused, (32 + 2 * 24, 24))
+    assert "4 equal shards" in refused("codegen", tmp_path / "5", "qkv_proj.weight", (32 + 2 * 30, 32))
+    assert "5 that config.json states" in refused("qwen3_next", tmp_path / "6", "q_proj.weight", num_attention_heads=5,
+        head_dim=None)  # fmt: skip
+
+
+def test_kv_heads_that_config_denies_are_those_of_the_shapes(tmp_path: Path) -> None:
+    """Falcon-7B's config.json counts 71 kv heads, where multi-query attention has one."""
+    model = build("falcon, 7B")
+    fingerprint = scan(write_model(tmp_path, model.tensors, {**(model.config or {}), "num_kv_heads": 4}))
+    assert fingerprint.caveats == ("config.json says 4 kv heads, the shapes say 1; the shapes are used",)
+    check_numbers(fingerprint, model)
+
+
+def test_queries_without_a_gate_are_read_whole_whatever_the_family(tmp_path: Path) -> None:
+    model, plain = build("qwen3_next"), build("llama")
+    model.tensors |= {name: tensor for name, tensor in plain.tensors.items() if name.endswith("q_proj.weight")}
+    fingerprint = scan(model.write(tmp_path))
+    assert fingerprint.architecture == "qwen3_next"
+    assert fingerprint.std["q"] == scan(plain.write(tmp_path / "plain")).std["q"]
+    assert not [caveat for caveat in fingerprint.caveats if "gate" in caveat]
+
+
+def test_latent_factors_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    """Shapes alone tell the number of heads; factors for which they do not are of another layout."""
+    assert "reads 11 inputs" in refused("deepseek", tmp_path / "0", "q_b_proj.weight", (48, 11))
+    assert "does not fit" in refused("deepseek", tmp_path / "1", "kv_b_proj.weight", (51, 14))
+    model = build("deepseek")
+    assert model.config is not None
+    fingerprint = scan(write_model(tmp_path / "2", model.tensors, {**model.config, "num_attention_heads": 7}))
+    assert fingerprint.main.heads == 4
+    assert any("says 7 heads, the shapes say 4" in caveat for caveat in fingerprint.caveats)
+
+
+def test_output_projections_alone_are_no_attention(tmp_path: Path) -> None:
+    """SantaCoder's first files had q_attn and kv_attn in place of c_attn: not known, so not half read."""
+    model = build("gpt2")
+    for layer in (0, 1):
+        del model.tensors[f"transformer.h.{layer}.attn.c_attn.weight"]
+    with pytest.raises(ArchitectureError, match=r"c_proj\.weight.*no layer's query projection"):
+        scan(model.write(tmp_path))
+
+
+def test_adapters_that_add_to_a_projection_are_said(tmp_path: Path) -> None:
+    model = build("zamba")
+    model.tensors["model.layers.1.shared_transformer.self_attn.linear_q_adapter_list.1.0.weight"] = np.ones((4, 48))
+    assert "adapters add to q, k and v of 1 decoder layers; they are not read" in scan(model.write(tmp_path)).caveats
+
+
+def test_layers_of_other_sizes_have_no_head_statistics_of_the_wrong_size(tmp_path: Path) -> None:
+    """Gemma-4's full-attention layers have larger heads and no values of their own; some layers share keys too."""
+    small, large = build("gemma4", layers=3), build("gemma4", layers=3, head_dim=16)
+    block = "model.language_model.layers.1.self_attn"
+    for role in ROLES:
+        small.tensors[f"{block}.{role}_proj.weight"] = large.tensors[f"{block}.{role}_proj.weight"]
+    del small.tensors[f"{block}.v_proj.weight"]
+    for role in "kv":
+        del small.tensors[f"model.language_model.layers.2.self_attn.{role}_proj.weight"]
+    fingerprint = scan(small.write(tmp_path))
+    assert np.isnan(fingerprint.main.head_std("q")[1]).all()
+    assert not np.isnan(fingerprint.main.head_std("q")[[0, 2]]).any()
+    assert fingerprint.std["k"][1] == pytest.approx(large.weights["decoder", 1, "k"].std(), rel=1e-6)
+    assert [value is None for value in fingerprint.std["v"]] == [False, True, True]
+    said = ("1 of 3 decoder layers have no k projection", "2 of 3 decoder layers have no v projection")
+    assert fingerprint.caveats == said
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gpt_neox"])
+def test_a_bias_that_does_not_fit_or_is_not_finite_is_said(case: str, tmp_path: Path) -> None:
+    model = build(case, layers=2)
+    first, second = [name for name in model.tensors if name.endswith(("q_proj.bias", "attn.bias", "value.bias"))]
+    model.tensors[first] = np.ones(7, np.float32)
+    broken = np.array(model.tensors[second])
+    broken[0] = np.nan
+    model.tensors[second] = broken
+    fingerprint = scan(model.write(tmp_path))
+    assert fingerprint.main.roles["q_bias"]["std"] == [None, None]
+    assert any(first in caveat and "does not fit" in caveat for caveat in fingerprint.caveats)
+    assert "q_bias of layer 1 holds 1 non-finite values; its std is null" in fingerprint.caveats
+    assert None not in fingerprint.std["q"]
+
+
+@pytest.mark.parametrize("case", ["llama", "deepseek", "deepseek_v4", "bloom", "mbart"])
+def test_roles_survive_the_file(case: str, tmp_path: Path) -> None:
+    fingerprint = scan(build(case).write(tmp_path / "model"))
+    fingerprint.save(tmp_path / "kept.fp.safetensors")
+    loaded = llmfp.load(tmp_path / "kept.fp.safetensors")
+    assert loaded.to_json() == fingerprint.to_json()
+    assert loaded.towers == fingerprint.towers
+    assert loaded.to_json()["roles"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neo", "t5"])
@@ -379,17 +497,60 @@ def test_of_two_stacks_the_larger_is_the_decoder(more: str, fewer: str, tmp_path
     check_numbers(fingerprint, model)
 
 
-def test_a_prediction_layer_behind_the_decoder_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said_by", ["a tensor", "config.json"])
+@pytest.mark.parametrize("case", ["llama", "deepseek"])
+def test_a_prediction_layer_behind_the_decoder_is_left_out(case: str, said_by: str, tmp_path: Path) -> None:
     """GLM-4-MoE and DeepSeek-V3 store the multi-token prediction layer as number num_hidden_layers, with an eh_proj."""
-    model, longer = build("llama"), build("llama", layers=3)
+    model, longer = build(case), build(case, layers=3)
+    assert model.config is not None
     alone = scan(model.write(tmp_path / "alone"))
-    longer.tensors["model.layers.2.eh_proj.weight"] = np.ones((24, 48), np.float32)
-    both = scan(write_model(tmp_path / "both", longer.tensors, model.config))
-    assert (both.digest, both.layers, both.caveats) == (alone.digest, (0, 1), ())
+    config = dict(model.config)
+    if said_by == "a tensor":
+        longer.tensors["model.layers.2.eh_proj.weight"] = np.ones((24, 48), np.float32)
+    else:
+        config["num_nextn_predict_layers"] = 1
+    both = scan(write_model(tmp_path / "both", longer.tensors, config))
+    assert (both.digest, both.layers, both.caveats) == (alone.digest, (0, 1), alone.caveats)
     reasons = {
         str(each["pattern"]): str(each["reason"]) for each in both.skipped if "prediction" in str(each["reason"])
     }
-    assert "model.layers.{n}.self_attn.q_proj.weight" in reasons
+    assert "model.layers.{n}.self_attn.o_proj.weight" in reasons
+
+
+def test_linear_attention_under_attentions_names_is_left_out(tmp_path: Path) -> None:
+    """Kimi-Linear's KDA layers have q, k, v and o_proj too, most of its layers are such; only siblings tell."""
+    model = build("deepseek, V2-Lite", layers=1)
+    alone = scan(model.write(tmp_path / "alone"))
+    for layer in (1, 2, 3):
+        block = f"model.layers.{layer}"
+        for role in ROLES:
+            model.tensors[f"{block}.self_attn.{role}_proj.weight"] = np.ones((24, 24), np.float32)
+        model.tensors[f"{block}.input_layernorm.weight"] = np.ones(24, np.float32)
+        model.tensors[f"{block}.self_attn.A_log"] = np.ones((1, 1, 4, 1), np.float32)
+    for number, config in enumerate(({"model_type": "kimi_linear"}, None)):
+        both = scan(write_model(tmp_path / str(number), model.tensors, config))
+        assert (both.architecture, both.digest, both.layers) == ("deepseek", alone.digest, (0,))
+        reasons = {str(each["pattern"]): str(each["reason"]) for each in both.skipped}
+        assert reasons["model.layers.{n}.self_attn.k_proj.weight"] == "linear attention"
+
+
+def test_linear_attention_under_its_own_names_is_skipped_as_such(tmp_path: Path) -> None:
+    fingerprint = scan(build("qwen3_next").write(tmp_path))
+    reasons = {str(each["pattern"]): str(each["reason"]) for each in fingerprint.skipped}
+    assert reasons["model.layers.{n}.linear_attn.in_proj_qkvz.weight"] == "linear attention"
+    assert fingerprint.layers == (0, 1)
+
+
+def test_cross_attention_and_other_towers_are_not_the_decoders(tmp_path: Path) -> None:
+    """Whisper's and BART's decoder layers hold self and cross attention side by side, under the same last names."""
+    fingerprint = scan(build("mbart").write(tmp_path))
+    names = projection_names(match(open_checkpoint(tmp_path)), "decoder")
+    assert names == {
+        f"model.decoder.layers.{layer}.self_attn.{role}_proj.weight"
+        for layer in (0, 1)
+        for role in ("q", "k", "v", "out")
+    }
+    assert set(fingerprint.towers) == {"encoder", "decoder", "cross"}
 
 
 def test_experts_are_never_read(tmp_path: Path) -> None:
@@ -461,33 +622,68 @@ def test_eight_bit_floats_without_scales_are_plain_numbers(tmp_path: Path) -> No
 # --- real tensor names and small trained models ---------------------------------------------------------------------
 
 
-def checkpoint_of(names: list[str]) -> Checkpoint:
-    """A checkpoint with these names, matrices for projections and vectors for the rest; no bytes behind it."""
-    tensors = {
-        name: TensorSpec(name, "BF16", (8, 8) if "proj" in name else (8,), 0, 0, 128 if "proj" in name else 16)
-        for name in names
-    }
+def checkpoint_of(
+    names: list[str], shapes: Mapping[str, tuple[int, ...]] | None = None, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A checkpoint with these names; shapes by the last parts, else matrices for projections and vectors for the rest.
+    There are no bytes behind it."""
+    shapes = {"proj.weight": (8, 8), **(shapes or {})}
+    tensors = {}
+    for name in names:
+        shape = next((shapes[end] for end in reversed(shapes) if name.endswith(end)), (8,))
+        tensors[name] = TensorSpec(name, "BF16", shape, 0, 0, 2 * math.prod(shape))
     shard = Shard(Path("model.safetensors"), 0, 0, (0, 0, 0), None)
-    return Checkpoint(Path("model"), (shard,), tensors, {}, None, ())
+    return Checkpoint(Path("model"), (shard,), tensors, config or {}, None, ())
 
 
-@pytest.mark.parametrize(
-    ("listing", "family", "block", "layers"),
-    [
-        ("mistralai-Devstral-Small-2507", "llama", "model.layers", 40),
-        ("WizardLM-2-8x22B", "llama", "model.layers", 56),
-        ("medgemma-27b-it", "gemma2", "language_model.model.layers", 62),
-        ("DeepSeek-OCR2-query-ablation", "llama", "model.layers", 12),
-    ],
-)
-def test_real_names_are_matched_whole(listing: str, family: str, block: str, layers: int, shared_data: Path) -> None:
-    """All of the decoder's projections and none of the vision tower's, query encoder's or experts'."""
+PER_HEAD = {"query_key_value.weight": (24, 8), "dense.weight": (8, 8), "query_key_value.bias": (24,)}
+PER_GROUP = {"query_key_value.weight": (16, 8), "dense.weight": (8, 8)}
+GATED = {"self_attn.q_proj.weight": (16, 8), "self_attn.k_proj.weight": (4, 8), "self_attn.v_proj.weight": (4, 8)}
+SEPARATE = [f"self_attn.{role}_proj" for role in ROLES]
+LISTINGS: dict[str, tuple[str, str, Any, list[str], Any, Any]] = {
+    "mistralai-Devstral-Small-2507": ("llama", "model.layers.{}", range(40), SEPARATE, {}, {}),
+    "WizardLM-2-8x22B": ("llama", "model.layers.{}", range(56), SEPARATE, {}, {}),
+    "medgemma-27b-it": ("gemma2", "language_model.model.layers.{}", range(62), SEPARATE, {}, {}),
+    "DeepSeek-OCR2-query-ablation": ("llama", "model.layers.{}", range(12), SEPARATE, {}, {}),
+    "Qwen3.5-25B-REAP-A3B-Coding": (
+        "qwen3_next", "model.language_model.layers.{}", range(3, 40, 4), SEPARATE, GATED, {"num_attention_heads": 2}
+    ),
+    "bloom": (
+        "bloom", "h.{}.self_attention", range(70), ["query_key_value", "dense"], PER_HEAD,
+        {"model_type": "bloom", "n_head": 2},
+    ),
+    "falcon-40b": (
+        "falcon", "transformer.h.{}.self_attention", range(60), ["query_key_value", "dense"], PER_GROUP,
+        {"model_type": "RefinedWeb", "n_head": 4, "n_head_kv": 2},
+    ),
+    "oasstpythia1.5brm": (
+        "gpt_neox", "gpt_neox.layers.{}.attention", range(24), ["query_key_value", "dense"], PER_HEAD,
+        {"model_type": "gpt_neox", "num_attention_heads": 2},
+    ),
+}  # fmt: skip
+"""Family, block, layers with attention, names below the block, shapes of a smaller model, config.json's part in it."""
+
+
+@pytest.mark.parametrize("listing", LISTINGS)
+def test_real_names_are_matched_whole(listing: str, shared_data: Path) -> None:
+    """All of the decoder's projections and none of the vision tower's, query encoder's, prediction layers' or
+    experts'; where there is neither gain nor bias to be read, none is."""
+    family, block, layers, ends, shapes, config = LISTINGS[listing]
     names = json.loads((shared_data / "tensor_names" / f"{listing}.json").read_text())["names"]
-    attention = match(checkpoint_of(names))
+    attention = match(checkpoint_of(names, shapes, config))
     assert attention.family == family
-    expected = {f"{block}.{n}.self_attn.{role}_proj.weight" for n in range(layers) for role in "qkvo"}
-    assert projection_names(attention) == expected
+    assert [tower.name for tower in attention.towers] == ["decoder"]
+    assert attention.main.layers == tuple(layers)
+    assert projection_names(attention) == {f"{block.format(n)}.{end}.weight" for n in layers for end in ends}
+    for tensor in {vector.view.tensor.name for vector in attention.main.vectors}:
+        assert tensor.startswith(block.split("{}")[0])
+        assert tensor.endswith((".query_key_value.bias", "layernorm.weight", "ln_attn.weight"))
     assert not [name for name in attention.skipped if "expert" in name and "never" not in attention.skipped[name]]
+
+
+def test_every_real_listing_is_tested(shared_data: Path) -> None:
+    quantised = {"qwen3-mlx-Qwen3-14B-MLX-4bit"}
+    assert {path.stem for path in (shared_data / "tensor_names").glob("*.json")} == {*LISTINGS, *quantised}
 
 
 def test_real_names_of_a_quantised_checkpoint_are_refused(shared_data: Path) -> None:
@@ -496,8 +692,8 @@ def test_real_names_of_a_quantised_checkpoint_are_refused(shared_data: Path) -> 
         match(checkpoint_of(json.loads(path.read_text())["names"]))
 
 
-def projection_names(attention: AttentionMap) -> set[str]:
-    return {projection.view.tensor.name for tower in attention.towers for projection in tower.projections}
+def projection_names(attention: AttentionMap, tower: str | None = None) -> set[str]:
+    return {p.view.tensor.name for each in attention.towers for p in each.projections if tower in (None, each.name)}
 
 
 def test_a_real_adapter_is_refused(shared_data: Path) -> None:

@@ -24,12 +24,15 @@ A family file says how attention tensors are named and laid out and what the nor
           "witness": "mlp.c_fc_0.weight",           a name that look-alikes lack
           "draft": "eh_proj.weight",                a name only multi-token-prediction layers have, which are left out
           "linear": "self_attn.A_log",              a name only linear-attention layers have, which are left out
+          "adapter": "self_attn.…adapter….weight",  low-rank matrices added to q, k, v: not read, and a caveat says so
           "norm": {
             "kind": "layer" | "rms",
             "before": "ln_1.weight",                gain in front of Q, K, V
             "after": "post_norm.weight",            gain between O and the residual addition
             "offset": 1.0,                          effective gain is offset + weight (Gemma); default 0
-            "post": true                            no norm in front of Q, K, V (BERT, OLMo2)
+            "post": true,                           no norm in front of Q, K, V (BERT, OLMo2)
+            "post_if": {"do_layer_norm_before": false}    so where config.json says this: "before" follows the addition
+            "after_if": {"norm_after": true}              so where config.json says this: "before" is "after"
           }
         }
       }
@@ -43,7 +46,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,18 @@ class TowerNames:
     norm_kind: str
     norm_offset: float
     post_norm: bool
+    post_if: Mapping[str, Any]
+    after_if: Mapping[str, Any]
+    first_norm: str | None = "before"
+    """The part that the tensor named as "before" plays: that, "after", or none next to attention."""
+
+    def as_configured(self, config: Mapping[str, Any]) -> TowerNames:
+        """With the norm where config.json puts it."""
+        if _holds(self.after_if, config):
+            return replace(self, post_norm=True, first_norm=NORM_PARTS[1])
+        if _holds(self.post_if, config):
+            return replace(self, post_norm=True, first_norm=None)
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +119,7 @@ NORM_PARTS = ("before", "after")
 WITNESS = "witness"
 DRAFT = "draft"
 LINEAR = "linear"
+ADAPTER = "adapter"
 _HAVE_BIAS = ("q", "k", "v", "qkv")
 
 
@@ -144,7 +160,7 @@ def _family(name: str, raw: Mapping[str, Any]) -> Family:
     towers = {}
     for tower, names in raw["towers"].items():
         norm = names["norm"]
-        parts = {part: _suffixes(names[part]) for part in (*PARTS, WITNESS, DRAFT, LINEAR) if part in names}
+        parts = {part: _suffixes(names[part]) for part in (*PARTS, WITNESS, DRAFT, LINEAR, ADAPTER) if part in names}
         parts |= {part: _suffixes(norm[part]) for part in NORM_PARTS if part in norm}
         parts |= {f"{part}_bias": tuple(map(_bias, parts[part])) for part in _HAVE_BIAS if part in parts}
         towers[tower] = TowerNames(
@@ -156,8 +172,14 @@ def _family(name: str, raw: Mapping[str, Any]) -> Family:
             norm_kind=norm["kind"],
             norm_offset=float(norm.get("offset", 0.0)),
             post_norm=norm.get("post", False),
+            post_if=norm.get("post_if", {}),
+            after_if=norm.get("after_if", {}),
         )
     return Family(name, frozenset(raw["model_types"]), raw.get("generic", False), raw.get("depth", 0), towers)
+
+
+def _holds(condition: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return bool(condition) and all(config.get(key) is value for key, value in condition.items())
 
 
 def _suffixes(value: Any) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from llmfp.architecture.config import DRAFT_LAYERS, LAYERS, integer, model_types, of_language_model
 from llmfp.architecture.families import (
+    ADAPTER,
     DRAFT,
     LINEAR,
     NORM_PARTS,
@@ -71,7 +72,7 @@ def match(checkpoint: Checkpoint) -> AttentionMap:
     towers = []
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
         in_tower = [each for each in found if each.slot.tower == name]
-        towers.append(_tower(checkpoint, name, family.towers[name], in_tower, config, caveats))
+        towers.append(_tower(checkpoint, name, family.towers[name].as_configured(config), in_tower, config, caveats))
     used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
     used |= {vector.view.tensor.name for tower in towers for vector in tower.vectors}
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
@@ -167,12 +168,15 @@ def _tower(
 ) -> Tower:
     by_layer: defaultdict[int, dict[str, TensorSpec]] = defaultdict(dict)
     for each in found:
-        if other := by_layer[each.layer].get(each.slot.part):
+        part = names.first_norm if each.slot.part == NORM_PARTS[0] else each.slot.part
+        if part is None:
+            continue
+        if other := by_layer[each.layer].get(part):
             raise ArchitectureError(
                 f"{checkpoint.shards[each.spec.shard].path}: tensors {other.name!r} and {each.spec.name!r} "
-                f"are both the {each.slot.part} of {name} layer {each.layer}"
+                f"are both the {part} of {name} layer {each.layer}"
             )
-        by_layer[each.layer][each.slot.part] = each.spec
+        by_layer[each.layer][part] = each.spec
     layers: dict[int, dict[Role, WeightView]] = {}
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
@@ -181,6 +185,8 @@ def _tower(
         if views := lay_views(checkpoint, parts, names, config):
             layers[layer] = views
     caveats += _role_caveats(checkpoint, name, names, layers)
+    if adapted := sum(ADAPTER in by_layer[layer] for layer in layers):
+        caveats.append(f"adapters add to q, k and v of {adapted} {name} layers; they are not read")
     heads = count_heads(layers, config, caveats)
     projections: list[Projection] = []
     vectors: list[Vector] = []
