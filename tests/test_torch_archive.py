@@ -120,6 +120,7 @@ def test_parameters_tied_tensors_and_views_of_one_storage(path: Path) -> None:
     with_state = torch.nn.Parameter(some(torch.float16, 3, 3))
     with_state.tag = "kept by _rebuild_parameter_with_state"  # type: ignore[attr-defined]
     tensors = {"a": table, "tied": parameter, "rows": table[4:8], "flat": table.view(-1)[7:9], "s": with_state}
+    tensors["one row of odd stride"] = some(torch.float32, 5, 1).T
     content = saved(OrderedDict(tensors))
     check_located(path, content, tensors)
     found = tensors_of(path, content)
@@ -200,8 +201,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def digest(tmp_path: Path) -> str:
-    return llmfp.scan(LLAMA.write(tmp_path / "safetensors"), backend=BACKEND).digest
+def same(tmp_path: Path) -> llmfp.Fingerprint:
+    """The fingerprint of the same weights from safetensors."""
+    return llmfp.scan(LLAMA.write(tmp_path / "safetensors"), backend=BACKEND)
+
+
+def header_bytes(folder: Path) -> int:
+    return sum(shard.header_bytes for shard in open_checkpoint(folder).shards)
 
 
 def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], *, index: bool) -> None:
@@ -226,24 +232,22 @@ LAYOUTS: dict[str, Callable[[Path, dict[str, torch.Tensor]], object]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("reader", ["pread", "auto"])
 def test_a_directory_gives_the_digest_of_the_same_weights_as_safetensors(
-    layout: str, reader: str, folder: Path, digest: str
+    layout: str, reader: str, folder: Path, tmp_path: Path, same: llmfp.Fingerprint
 ) -> None:
     LAYOUTS[layout](folder, torch_tensors(LLAMA.tensors))
     for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_0.pth"):
         (folder / name).write_bytes(b"no weights")
     fingerprint = llmfp.scan(folder, backend=BACKEND, reader=reader)
-    assert fingerprint.digest == digest
-    checkpoint = open_checkpoint(folder)
-    weights = sum(v.nbytes for n, v in checkpoint.tensors.items() if "self_attn" in n and n.endswith("_proj.weight"))
-    gains = sum(v.nbytes for n, v in checkpoint.tensors.items() if n.endswith("input_layernorm.weight"))
-    headers = sum(shard.header_bytes for shard in checkpoint.shards)
-    assert fingerprint.run["bytes_read"] == weights + gains + headers
+    assert fingerprint.digest == same.digest
+    assert fingerprint.run["bytes_read"] - header_bytes(folder) == same.run["bytes_read"] - header_bytes(
+        tmp_path / "safetensors"
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt"])
-def test_a_single_file_gives_that_digest_too(name: str, folder: Path, digest: str) -> None:
+def test_a_single_file_gives_that_digest_too(name: str, folder: Path, same: llmfp.Fingerprint) -> None:
     (folder / name).write_bytes(saved({"state_dict": torch_tensors(LLAMA.tensors)}))
-    assert llmfp.scan(folder / name, backend=BACKEND).digest == digest
+    assert llmfp.scan(folder / name, backend=BACKEND).digest == same.digest
 
 
 def test_safetensors_are_preferred_where_both_are_there(folder: Path) -> None:
@@ -278,11 +282,13 @@ def test_parts_split_for_model_parallelism_are_refused(folder: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_a_tensor_out_of_c_order_is_refused_by_name_only_where_it_is_needed(folder: Path, digest: str) -> None:
+def test_a_tensor_out_of_c_order_is_refused_by_name_only_where_it_is_needed(
+    folder: Path, same: llmfp.Fingerprint
+) -> None:
     tensors = torch_tensors(LLAMA.tensors)
     transposed = tensors["lm_head.weight"].T.contiguous().T
     (folder / "pytorch_model.bin").write_bytes(saved(tensors | {"lm_head.weight": transposed}))
-    assert llmfp.scan(folder, backend=BACKEND).digest == digest
+    assert llmfp.scan(folder, backend=BACKEND).digest == same.digest
     for odd in (tensors[Q].T.contiguous().T, tensors[Q][:, ::2], tensors[Q][:1].expand(32, 24)):
         (folder / "pytorch_model.bin").write_bytes(saved(tensors | {Q: odd}))
         with pytest.raises(EncodingError, match=rf"'{Q}' is stored as F32 with strides \[") as caught:
@@ -554,7 +560,7 @@ CALLED = {
     "a text": text("os.system") + b")R",
     "a storage": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\6tQ)R",
     "OrderedDict with arguments": b"ccollections\nOrderedDict\n]\x85R",
-    "a rebuild without a tensor": b"ctorch._utils\n_rebuild_parameter\nN\x88N\x87R",
+    "a rebuild without a tensor": b"ctorch._utils\n_rebuild_parameter\nK\7\x88N\x87R",
     "a rebuild without a storage": b"ctorch._utils\n_rebuild_tensor\n(NNNNtR",
     "a rebuild with arguments that are no tuple": b"ctorch._utils\n_rebuild_tensor\n]R",
 }
@@ -577,6 +583,29 @@ def test_only_rebuilding_may_be_called(what: str, path: Path) -> None:
 )  # fmt: skip
 def test_a_persistent_id_that_is_no_storage_is_refused(pid: object, path: Path) -> None:
     assert "persistent id" in refusal(path, archive_of(pickled({"a": tensor(PersistentId(pid))})))
+
+
+MISUSED = {
+    "a memo entry out of turn": (b"Nr\2\0\0\0.", "memo entry 2 comes after 0 entries"),
+    "a memo entry that is not there": (b"Nq\0h\1.", "memo entry 1 does not exist"),
+    "a memo entry of nothing": (b"q\0.", "nothing is left"),
+    "a pop past a mark": (b"NN(\x86.", "nothing is left"),
+    "an end without a result": (b".", "nothing is left"),
+    "a tuple without a mark": (b"Nt.", "no mark"),
+    "attributes of a list": (b"]}b.", "BUILD"),
+    "an item of a list": (b"]NNs.", "no dict"),
+    "a key without a value": (b"}(Nu.", "no dict"),
+    "an item appended to a dict": (b"}Na.", "no list"),
+    "a global named by a number": (b"K\1K\2\x93.", "no text"),
+    "a text that is not UTF-8": (b"\x8c\1\xff.", "not UTF-8"),
+    "half a surrogate pair": (b"\x8c\3\xed\xa0\x80.", "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("what", MISUSED)
+def test_a_malformed_pickle_is_refused(what: str, path: Path) -> None:
+    data_pkl, words = MISUSED[what]
+    assert words in refusal(path, archive_of(b"\x80\x02" + data_pkl))
 
 
 ADMITTED = b"\x80\x95(N\x88\x89KMJ\x8aG\x8cXqr\x94hj)\x85\x86\x87t]ae}suc\x93QRb."
@@ -811,6 +840,23 @@ def test_no_number_in_the_archives_structure_can_change_the_answer_unnoticed(pat
     assert refused > len(fields)
 
 
+SAMPLE = saved({"a": some(torch.float32, 2, 3), "b": torch.nn.Parameter(some(torch.bfloat16, 5))})
+
+
+@pytest.mark.parametrize(
+    ("from_end", "new"),
+    [
+        (98, b"PK\5\6"), (94, b"\x2d"), (82, b"\1"), (78, b"\1"), (74, b"\0"), (66, b"\0"), (58, b"\0"), (50, b"\0"),
+        (34, b"\0"), (26, b"\2"), (12, b"\0"), (6, b"\0"),
+    ],
+)  # fmt: skip
+def test_end_records_that_contradict_each_other_are_refused(from_end: int, new: bytes, path: Path) -> None:
+    at = len(SAMPLE) - from_end
+    assert SAMPLE[at : at + len(new)] != new
+    message = refusal(path, SAMPLE[:at] + new + SAMPLE[at + len(new) :])
+    assert "end records contradict each other" in message or "several disks" in message
+
+
 def zip64(size: int, *, field: bytes = b"") -> tuple[bytes, bytes]:
     """(start, end) of an archive as torch writes it when a storage has `size` > 4 GiB bytes, which lie between them."""
     wide = struct.pack("<QQ", size, size)
@@ -857,8 +903,6 @@ def test_a_storage_of_more_than_4_gib_is_found(path: Path) -> None:
 
 # --- whatever the bytes are -------------------------------------------------------------------------------------------
 
-SAMPLE = saved({"a": some(torch.float32, 2, 3), "b": torch.nn.Parameter(some(torch.bfloat16, 5))})
-PICKLE_AT = SAMPLE.index(b"\x80\x02")
 REBUILT = GOOD[GOOD.index(b"ctorch._utils") : GOOD.rindex(b"s.")]
 PIECES = [bytes([code]) for code in ADMITTED]
 PIECES += [text(each) for each in ("a", "storage", "0", "cpu", "model")]
