@@ -44,7 +44,7 @@ setup(
             sources=[
                 f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_neon", "simd_scalar")
             ],
-            depends=[f"{SOURCES}/{name}.hpp" for name in ("kernel", "lanes", "pages")],
+            depends=[f"{SOURCES}/{name}.hpp" for name in ("job", "kernel", "lanes", "pages")],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"],
             # A source install without a compiler still works on NumPy; `llmfp-fast backends` says what is missing.

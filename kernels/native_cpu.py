@@ -23,7 +23,7 @@ class NativeCpu:
     name = "native_cpu"
     dtypes = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
     library_bytes = 1 << 20
-    scratch_per_element = 0
+    scratch_per_element = 2
     guards_mapped_pages = True
 
     def __init__(self) -> None:

@@ -1,464 +1,534 @@
-// Sixteen virtual lanes of float32, spelled for each instruction set, and loads of 32 stored elements into two of them.
+// Sixteen lanes on every machine: one AVX-512 register, two of AVX2, four of NEON, or an array.
 //
-// Every level computes the same sixteen lanes with the same operations in the same order, so all agree to the bit.
-// A pair (a, b) holds 32 neighbouring columns: for bf16, a the even and b the odd ones (one operation each to widen),
-// for everything else a the first and b the last sixteen. `slot` says where a column of a group of 32 ends up.
+// A level provides F32 and F64 (16 lanes each), Source<dtype>, which turns one block of stored elements into V vectors,
+// and ROWS, how many rows its registers can take at a time (which changes no result). What lane holds which column is
+// the same everywhere (column_of), and so is the order of every sum: results agree to the bit.
+//
+// Everything lives in an unnamed namespace: the same template compiled with two sets of flags must never be merged by
+// the linker. For the same reason nothing here may call a function template or inline function of the standard library.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "job.hpp"
 
-#if defined(LLMFP_AVX512) || defined(LLMFP_AVX2)
+#include <cmath>
+#include <cstring>
+#if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(LLMFP_NEON)
+#elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // from GCC's own intrinsics headers (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define LLMFP_INLINE inline __attribute__((always_inline))
+
+namespace llmfp {
 namespace {
 
-inline float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+// Bits of a stored element.
+template <Dtype D> struct BitsOf { using type = uint8_t; };
+template <> struct BitsOf<Dtype::BF16> { using type = uint16_t; };
+template <> struct BitsOf<Dtype::F16> { using type = uint16_t; };
+template <> struct BitsOf<Dtype::F32> { using type = uint32_t; };
+template <> struct BitsOf<Dtype::F64> { using type = uint64_t; };
+template <Dtype D> using Bits = typename BitsOf<D>::type;
+
+template <Dtype D> struct Format {
+    static constexpr Bits<D> MAGNITUDE = static_cast<Bits<D>>(~Bits<D>(0)) >> 1;
+    // The least magnitude, as an integer, that is infinite or NaN.
+    static constexpr Bits<D> NONFINITE = D == Dtype::BF16      ? 0x7f80
+                                         : D == Dtype::F16     ? 0x7c00
+                                         : D == Dtype::F32     ? 0x7f800000
+                                         : D == Dtype::F64     ? static_cast<Bits<D>>(0x7ff0000000000000)
+                                         : D == Dtype::F8_E4M3 ? 0x7f
+                                                               : 0x7c;
+    // Lanes hold stored values divided by this: e4m3 moved into the exponent field of a float16 comes out 2^8 too small.
+    static constexpr double SCALE = D == Dtype::F8_E4M3 ? 256 : 1;
+    // Columns that are read together: a cache line, or two of float32.
+    static constexpr size_t BLOCK = itemsize(D) == 1 ? 64 : 32;
+    static constexpr size_t V = BLOCK / 16;
+};
+
+// The column within its block that lane l of vector v holds. bf16 pairs split into even and odd (a shift and a mask
+// decode 32 elements); fp8 pairs likewise, into float16.
+template <Dtype D> constexpr size_t column_of(size_t v, size_t l) {
+    return D == Dtype::BF16 ? 2 * l + v : itemsize(D) == 1 ? 32 * (v & 1) + 2 * l + (v >> 1) : 16 * v + l;
 }
 
-inline uint32_t bits_of(float value) {
+LLMFP_INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+// Finite float16 only. Both branches are cheap, so that the compiler can vectorise; no float32 subnormal is touched.
+LLMFP_INLINE float float_of_half(uint32_t half) {
+    const uint32_t magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
+    const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+    const float normal = float_of((magnitude << 13) + (112u << 23));
     uint32_t bits;
-    std::memcpy(&bits, &value, 4);
+    const float value = magnitude < 0x400 ? small : normal;
+    memcpy(&bits, &value, 4);
+    return float_of(bits | sign);
+}
+
+// A finite stored element divided by Format<D>::SCALE.
+template <Dtype D> LLMFP_INLINE float value_of(Bits<D> bits) {
+    if constexpr (D == Dtype::BF16) return float_of(static_cast<uint32_t>(bits) << 16);
+    if constexpr (D == Dtype::F16) return float_of_half(bits);
+    if constexpr (D == Dtype::F32) return float_of(bits);
+    if constexpr (D == Dtype::F8_E5M2) return float_of_half(static_cast<uint32_t>(bits) << 8);
+    if constexpr (D == Dtype::F8_E4M3) return float_of_half((bits & 0x80u) << 8 | (bits & 0x7fu) << 7);
+    return 0;
+}
+
+template <Dtype D> LLMFP_INLINE Bits<D> bits_at(const unsigned char *p) {
+    Bits<D> bits;
+    memcpy(&bits, p, sizeof bits);
     return bits;
 }
 
-// IEEE binary16 → binary32, exact.
-inline float float_of_half(uint16_t half) {
-    const uint32_t sign = (half & 0x8000u) << 16, exponent = (half >> 10) & 31u, mantissa = half & 1023u;
-    if (exponent == 31) return float_of(sign | 0x7f800000u | (mantissa << 13));
-    if (exponent) return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
-    const float value = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign ? -value : value;
-}
-
-#if defined(LLMFP_AVX512)
-
-struct F32x16 {
-    __m512 v;
-    static F32x16 zero() { return {_mm512_setzero_ps()}; }
-    static F32x16 all(float x) { return {_mm512_set1_ps(x)}; }
-    static F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-    void store(float* p) const { _mm512_storeu_ps(p, v); }
-    friend F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-    friend F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-    static F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-    void add_to(double* p) const {
-        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-        _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), low));
-        _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), high));
-    }
-};
-
-// The largest magnitude seen, as raw bits without the sign, in elements of the stored width.
-struct MaxBits {
-    __m512i v = _mm512_setzero_si512();
-    void take32(__m512i x) { v = _mm512_max_epu32(v, _mm512_and_si512(x, _mm512_set1_epi32(0x7fffffff))); }
-    void take16(__m512i x) { v = _mm512_max_epu16(v, _mm512_and_si512(x, _mm512_set1_epi16(0x7fff))); }
-    void take8(__m256i x) {
-        v = _mm512_castsi256_si512(_mm256_max_epu8(_mm512_castsi512_si256(v), _mm256_and_si256(x, _mm256_set1_epi8(127))));
-    }
-    template <typename T> uint32_t largest() const {
-        T lanes[64 / sizeof(T)] = {};
-        if (sizeof(T) == 1) _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm512_castsi512_si256(v));
-        else _mm512_storeu_si512(lanes, v);
-        uint32_t most = 0;
-        for (T lane : lanes) most = lane > most ? lane : most;
-        return most;
-    }
-};
-
-inline void load_bf16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m512i x = _mm512_loadu_si512(p);
-    most.take16(x);
-    a.v = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    b.v = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-}
-
-inline void load_f16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m512i x = _mm512_loadu_si512(p);
-    most.take16(x);
-    a.v = _mm512_cvtph_ps(_mm512_castsi512_si256(x));
-    b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
-}
-
-inline void load_f32(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m512i x = _mm512_loadu_si512(p), y = _mm512_loadu_si512(p + 64);
-    most.take32(x);
-    most.take32(y);
-    a.v = _mm512_castsi512_ps(x);
-    b.v = _mm512_castsi512_ps(y);
-}
-
-inline void load_e5m2(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    most.take8(x);
-    const __m512i halves = _mm512_slli_epi16(_mm512_cvtepu8_epi16(x), 8);
-    a.v = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-}
-
-inline void load_e4m3(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    most.take8(x);
-    const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(x), 7);
-    const __m512i halves = _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0xbfff)));
-    a.v = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
-    b.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
-}
-
-constexpr int kRowGroup = 4;
-
-#elif defined(LLMFP_AVX2)
-
-struct F32x16 {
-    __m256 v[2];
-    static F32x16 zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
-    static F32x16 all(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
-    static F32x16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
-    void store(float* p) const {
-        _mm256_storeu_ps(p, v[0]);
-        _mm256_storeu_ps(p + 8, v[1]);
-    }
-    friend F32x16 operator+(F32x16 a, F32x16 b) {
-        return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
-    }
-    friend F32x16 operator*(F32x16 a, F32x16 b) {
-        return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
-    }
-    static F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-        return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
-    }
-    void add_to(double* p) const {
-        for (int i = 0; i < 2; i++) {
-            const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v[i]));
-            const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v[i], 1));
-            _mm256_storeu_pd(p + 8 * i, _mm256_add_pd(_mm256_loadu_pd(p + 8 * i), low));
-            _mm256_storeu_pd(p + 8 * i + 4, _mm256_add_pd(_mm256_loadu_pd(p + 8 * i + 4), high));
+struct Scalar {
+    static constexpr int ROWS = 1;
+    struct F32 {
+        float lane[16];
+        static F32 zero() { return {}; }
+        static F32 load(const float *p) {
+            F32 a;
+            memcpy(a.lane, p, 64);
+            return a;
         }
-    }
-};
-
-struct MaxBits {
-    __m256i v = _mm256_setzero_si256();
-    void take32(__m256i x) { v = _mm256_max_epu32(v, _mm256_and_si256(x, _mm256_set1_epi32(0x7fffffff))); }
-    void take16(__m256i x) { v = _mm256_max_epu16(v, _mm256_and_si256(x, _mm256_set1_epi16(0x7fff))); }
-    void take8(__m256i x) { v = _mm256_max_epu8(v, _mm256_and_si256(x, _mm256_set1_epi8(127))); }
-    template <typename T> uint32_t largest() const {
-        T lanes[32 / sizeof(T)];
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), v);
-        uint32_t most = 0;
-        for (T lane : lanes) most = lane > most ? lane : most;
-        return most;
-    }
-};
-
-inline __m256i load256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-
-inline void load_bf16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    for (int i = 0; i < 2; i++) {
-        const __m256i x = load256(p + 32 * i);
-        most.take16(x);
-        a.v[i] = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-        b.v[i] = _mm256_castsi256_ps(_mm256_and_si256(x, mask));
-    }
-}
-
-inline void widen_halves(__m256i x, F32x16& out) {
-    out.v[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
-    out.v[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
-}
-
-inline void load_f16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i x = load256(p), y = load256(p + 32);
-    most.take16(x);
-    most.take16(y);
-    widen_halves(x, a);
-    widen_halves(y, b);
-}
-
-inline void load_f32(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 4; i++) {
-        const __m256i x = load256(p + 32 * i);
-        most.take32(x);
-        (i < 2 ? a : b).v[i & 1] = _mm256_castsi256_ps(x);
-    }
-}
-
-inline void load_e5m2(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i x = load256(p);
-    most.take8(x);
-    widen_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)), 8), a);
-    widen_halves(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)), 8), b);
-}
-
-inline __m256i halves_of_e4m3(__m128i x) {
-    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(x), 7);
-    return _mm256_and_si256(wide, _mm256_set1_epi16(static_cast<short>(0xbfff)));
-}
-
-inline void load_e4m3(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    const __m256i x = load256(p);
-    most.take8(x);
-    widen_halves(halves_of_e4m3(_mm256_castsi256_si128(x)), a);
-    widen_halves(halves_of_e4m3(_mm256_extracti128_si256(x, 1)), b);
-}
-
-constexpr int kRowGroup = 1;
-
-#elif defined(LLMFP_NEON)
-
-struct F32x16 {
-    float32x4_t v[4];
-    static F32x16 zero() { return all(0.0f); }
-    static F32x16 all(float x) {
-        const float32x4_t q = vdupq_n_f32(x);
-        return {{q, q, q, q}};
-    }
-    static F32x16 load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
-    void store(float* p) const {
-        for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, v[i]);
-    }
-    friend F32x16 operator+(F32x16 a, F32x16 b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    friend F32x16 operator*(F32x16 a, F32x16 b) {
-        for (int i = 0; i < 4; i++) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
-        return a;
-    }
-    static F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-        for (int i = 0; i < 4; i++) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
-        return c;
-    }
-    void add_to(double* p) const {
-        for (int i = 0; i < 4; i++) {
-            vst1q_f64(p + 4 * i, vaddq_f64(vld1q_f64(p + 4 * i), vcvt_f64_f32(vget_low_f32(v[i]))));
-            vst1q_f64(p + 4 * i + 2, vaddq_f64(vld1q_f64(p + 4 * i + 2), vcvt_high_f64_f32(v[i])));
+        void store(float *p) const { memcpy(p, lane, 64); }
+        static F32 splat(float x) {
+            F32 a;
+            for (float &l : a.lane) l = x;
+            return a;
         }
-    }
+        friend F32 operator+(F32 a, F32 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] += b.lane[l];
+            return a;
+        }
+        friend F32 operator*(F32 a, F32 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] *= b.lane[l];
+            return a;
+        }
+        friend F32 fma(F32 a, F32 b, F32 c) {
+            for (int l = 0; l < 16; l++) c.lane[l] = __builtin_fmaf(a.lane[l], b.lane[l], c.lane[l]);
+            return c;
+        }
+    };
+    struct F64 {
+        double lane[16];
+        static F64 zero() { return {}; }
+        static F64 load(const double *p) {
+            F64 a;
+            memcpy(a.lane, p, 128);
+            return a;
+        }
+        void store(double *p) const { memcpy(p, lane, 128); }
+        static F64 splat(double x) {
+            F64 a;
+            for (double &l : a.lane) l = x;
+            return a;
+        }
+        static F64 widen(F32 x) {
+            F64 a;
+            for (int l = 0; l < 16; l++) a.lane[l] = x.lane[l];
+            return a;
+        }
+        friend F64 operator+(F64 a, F64 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] += b.lane[l];
+            return a;
+        }
+        friend F64 operator-(F64 a, F64 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] -= b.lane[l];
+            return a;
+        }
+        friend F64 operator*(F64 a, F64 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] *= b.lane[l];
+            return a;
+        }
+        // The upper half onto the lower, until one is left: the tree that every level follows.
+        double sum() const {
+            double t[16];
+            memcpy(t, lane, 128);
+            for (int half = 8; half; half /= 2)
+                for (int l = 0; l < half; l++) t[l] += t[l + half];
+            return t[0];
+        }
+    };
+    template <Dtype D> struct Source {
+        using Packed = const unsigned char *;
+        struct Max {
+            Bits<D> most = 0;
+            Bits<D> bits() const { return most; }
+        };
+        static void pack(const unsigned char *p, Max &max, Packed &packed) {
+            packed = p;
+            for (size_t i = 0; i < Format<D>::BLOCK; i++) {
+                const Bits<D> m = bits_at<D>(p + i * sizeof(Bits<D>)) & Format<D>::MAGNITUDE;
+                max.most = m > max.most ? m : max.most;
+            }
+        }
+        static F32 get(const Packed &p, size_t v) {
+            F32 a;
+            for (size_t l = 0; l < 16; l++)
+                a.lane[l] = value_of<D>(bits_at<D>(p + column_of<D>(v, l) * sizeof(Bits<D>)));
+            return a;
+        }
+    };
 };
 
-struct MaxBits {
-    uint32x4_t v = vdupq_n_u32(0);
-    void take32(uint32x4_t x) { v = vmaxq_u32(v, vandq_u32(x, vdupq_n_u32(0x7fffffffu))); }
-    void take16(uint16x8_t x) {
-        v = vreinterpretq_u32_u16(vmaxq_u16(vreinterpretq_u16_u32(v), vandq_u16(x, vdupq_n_u16(0x7fff))));
-    }
-    void take8(uint8x16_t x) {
-        v = vreinterpretq_u32_u8(vmaxq_u8(vreinterpretq_u8_u32(v), vandq_u8(x, vdupq_n_u8(127))));
-    }
-    template <typename T> uint32_t largest() const {
-        T lanes[16 / sizeof(T)];
-        std::memcpy(lanes, &v, 16);
-        uint32_t most = 0;
-        for (T lane : lanes) most = lane > most ? lane : most;
-        return most;
-    }
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
+struct Avx512 {
+    static constexpr int ROWS = 4; // 4 rows x 4 sums = 16 of 32 registers
+    struct F32 {
+        __m512 v;
+        static LLMFP_INLINE F32 zero() { return {_mm512_setzero_ps()}; }
+        static LLMFP_INLINE F32 load(const float *p) { return {_mm512_loadu_ps(p)}; }
+        static LLMFP_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
+        LLMFP_INLINE void store(float *p) const { _mm512_storeu_ps(p, v); }
+        friend LLMFP_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+        friend LLMFP_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+        friend LLMFP_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+    };
+    struct F64 {
+        __m512d v[2];
+        static LLMFP_INLINE F64 zero() { return {{_mm512_setzero_pd(), _mm512_setzero_pd()}}; }
+        static LLMFP_INLINE F64 load(const double *p) { return {{_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}}; }
+        static LLMFP_INLINE F64 splat(double x) { return {{_mm512_set1_pd(x), _mm512_set1_pd(x)}}; }
+        LLMFP_INLINE void store(double *p) const { _mm512_storeu_pd(p, v[0]), _mm512_storeu_pd(p + 8, v[1]); }
+        static LLMFP_INLINE F64 widen(F32 x) {
+            return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))}};
+        }
+        friend LLMFP_INLINE F64 operator+(F64 a, F64 b) {
+            return {{_mm512_add_pd(a.v[0], b.v[0]), _mm512_add_pd(a.v[1], b.v[1])}};
+        }
+        friend LLMFP_INLINE F64 operator-(F64 a, F64 b) {
+            return {{_mm512_sub_pd(a.v[0], b.v[0]), _mm512_sub_pd(a.v[1], b.v[1])}};
+        }
+        friend LLMFP_INLINE F64 operator*(F64 a, F64 b) {
+            return {{_mm512_mul_pd(a.v[0], b.v[0]), _mm512_mul_pd(a.v[1], b.v[1])}};
+        }
+        LLMFP_INLINE double sum() const {
+            const __m512d eight = _mm512_add_pd(v[0], v[1]);
+            const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+            const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+            return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+        }
+    };
+    template <Dtype D> struct Source {
+        // bf16 decodes from a register, float16 and float32 from memory; fp8 goes to the stack as float16 first, because
+        // the conversion takes one operation from memory and two from a register.
+        struct Packed {
+            const unsigned char *p;
+            __m512i pairs;
+            alignas(64) unsigned char half[itemsize(D) == 1 ? 128 : 1];
+        };
+        struct Max {
+            __m512i most = _mm512_setzero_si512();
+            Bits<D> bits() const {
+                Bits<D> lane[64 / sizeof(Bits<D>)], most_bits = 0;
+                _mm512_storeu_si512(lane, most);
+                for (Bits<D> b : lane) most_bits = b > most_bits ? b : most_bits;
+                return most_bits;
+            }
+        };
+        static LLMFP_INLINE void pack(const unsigned char *p, Max &max, Packed &packed) {
+            packed.p = p;
+            const __m512i pairs = _mm512_loadu_si512(p);
+            if constexpr (sizeof(Bits<D>) == 4) {
+                const __m512i mask = _mm512_set1_epi32(0x7fffffff), second = _mm512_loadu_si512(p + 64);
+                max.most = _mm512_max_epu32(max.most, _mm512_and_si512(pairs, mask));
+                max.most = _mm512_max_epu32(max.most, _mm512_and_si512(second, mask));
+            } else if constexpr (sizeof(Bits<D>) == 2) {
+                packed.pairs = pairs;
+                max.most = _mm512_max_epu16(max.most, _mm512_and_si512(pairs, _mm512_set1_epi32(0x7fff7fff)));
+            } else {
+                max.most = _mm512_max_epu8(max.most, _mm512_and_si512(pairs, _mm512_set1_epi32(0x7f7f7f7f)));
+                __m512i even = _mm512_slli_epi16(pairs, 8), odd;
+                if constexpr (D == Dtype::F8_E5M2) {
+                    odd = _mm512_and_si512(pairs, _mm512_set1_epi16(static_cast<short>(0xff00)));
+                } else { // sign stays, exponent and mantissa one place down, the sign's copy between them out
+                    const __m512i keep = _mm512_set1_epi16(static_cast<short>(0xbf80));
+                    even = _mm512_and_si512(_mm512_srai_epi16(even, 1), keep);
+                    odd = _mm512_and_si512(_mm512_srai_epi16(pairs, 1), keep);
+                }
+                _mm512_store_si512(packed.half, even);
+                _mm512_store_si512(packed.half + 64, odd);
+                __asm__("" : "+m"(packed.half)); // or the compiler extracts from registers again
+            }
+        }
+        static LLMFP_INLINE F32 get(const Packed &packed, size_t v) {
+            if constexpr (D == Dtype::BF16)
+                return {_mm512_castsi512_ps(v == 0 ? _mm512_slli_epi32(packed.pairs, 16)
+                                                   : _mm512_and_si512(packed.pairs, _mm512_set1_epi32(-65536)))};
+            if constexpr (D == Dtype::F32) return {_mm512_loadu_ps(packed.p + 64 * v)};
+            const unsigned char *half = D == Dtype::F16 ? packed.p : packed.half;
+            return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(half + 32 * v)))};
+        }
+    };
 };
 
-inline void load_bf16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 4; i++) {
-        const uint32x4_t x = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
-        most.take16(vreinterpretq_u16_u32(x));
-        a.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(x, 16));
-        b.v[i] = vreinterpretq_f32_u32(vandq_u32(x, vdupq_n_u32(0xffff0000u)));
-    }
-}
+#endif
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
-inline void widen_halves(uint16x8_t x, F32x16& out, int at) {
-    out.v[at] = vcvt_f32_f16(vreinterpret_f16_u16(vget_low_u16(x)));
-    out.v[at + 1] = vcvt_f32_f16(vreinterpret_f16_u16(vget_high_u16(x)));
-}
-
-inline void load_f16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 4; i++) {
-        const uint16x8_t x = vreinterpretq_u16_u8(vld1q_u8(p + 16 * i));
-        most.take16(x);
-        widen_halves(x, i < 2 ? a : b, 2 * (i & 1));
-    }
-}
-
-inline void load_f32(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 8; i++) {
-        const uint32x4_t x = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
-        most.take32(x);
-        (i < 4 ? a : b).v[i & 3] = vreinterpretq_f32_u32(x);
-    }
-}
-
-inline void load_e5m2(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 2; i++) {
-        const uint8x16_t x = vld1q_u8(p + 16 * i);
-        most.take8(x);
-        widen_halves(vshll_n_u8(vget_low_u8(x), 8), i ? b : a, 0);
-        widen_halves(vshll_n_u8(vget_high_u8(x), 8), i ? b : a, 2);
-    }
-}
-
-inline uint16x8_t halves_of_e4m3(uint8x8_t x) {
-    const int16x8_t wide = vshlq_n_s16(vmovl_s8(vreinterpret_s8_u8(x)), 7);
-    return vandq_u16(vreinterpretq_u16_s16(wide), vdupq_n_u16(0xbfff));
-}
-
-inline void load_e4m3(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 2; i++) {
-        const uint8x16_t x = vld1q_u8(p + 16 * i);
-        most.take8(x);
-        widen_halves(halves_of_e4m3(vget_low_u8(x)), i ? b : a, 0);
-        widen_halves(halves_of_e4m3(vget_high_u8(x)), i ? b : a, 2);
-    }
-}
-
-constexpr int kRowGroup = 1;
-
-#else  // scalar
-
-struct F32x16 {
-    float v[16];
-    static F32x16 zero() { return all(0.0f); }
-    static F32x16 all(float x) {
-        F32x16 r;
-        for (float& lane : r.v) lane = x;
-        return r;
-    }
-    static F32x16 load(const float* p) {
-        F32x16 r;
-        std::memcpy(r.v, p, sizeof r.v);
-        return r;
-    }
-    void store(float* p) const { std::memcpy(p, v, sizeof v); }
-    friend F32x16 operator+(F32x16 a, F32x16 b) {
-        for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
-        return a;
-    }
-    friend F32x16 operator*(F32x16 a, F32x16 b) {
-        for (int i = 0; i < 16; i++) a.v[i] *= b.v[i];
-        return a;
-    }
-    static F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
-        for (int i = 0; i < 16; i++) c.v[i] = std::fma(a.v[i], b.v[i], c.v[i]);
-        return c;
-    }
-    void add_to(double* p) const {
-        for (int i = 0; i < 16; i++) p[i] += static_cast<double>(v[i]);
-    }
+struct Avx2 {
+    static constexpr int ROWS = 2;
+    struct F32 {
+        __m256 v[2];
+        static LLMFP_INLINE F32 zero() { return splat(0); }
+        static LLMFP_INLINE F32 load(const float *p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+        static LLMFP_INLINE F32 splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+        LLMFP_INLINE void store(float *p) const { _mm256_storeu_ps(p, v[0]), _mm256_storeu_ps(p + 8, v[1]); }
+        friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
+            return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
+        }
+        friend LLMFP_INLINE F32 operator*(F32 a, F32 b) {
+            return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
+        }
+        friend LLMFP_INLINE F32 fma(F32 a, F32 b, F32 c) {
+            return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
+        }
+    };
+    struct F64 {
+        __m256d v[4];
+        static LLMFP_INLINE F64 zero() { return splat(0); }
+        static LLMFP_INLINE F64 load(const double *p) {
+            return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)}};
+        }
+        static LLMFP_INLINE F64 splat(double x) {
+            const __m256d a = _mm256_set1_pd(x);
+            return {{a, a, a, a}};
+        }
+        LLMFP_INLINE void store(double *p) const {
+            for (int i = 0; i < 4; i++) _mm256_storeu_pd(p + 4 * i, v[i]);
+        }
+        static LLMFP_INLINE F64 widen(F32 x) {
+            return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x.v[0])), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[0], 1)),
+                     _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[1])), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[1], 1))}};
+        }
+        friend LLMFP_INLINE F64 operator+(F64 a, F64 b) {
+            return {{_mm256_add_pd(a.v[0], b.v[0]), _mm256_add_pd(a.v[1], b.v[1]), _mm256_add_pd(a.v[2], b.v[2]),
+                     _mm256_add_pd(a.v[3], b.v[3])}};
+        }
+        friend LLMFP_INLINE F64 operator-(F64 a, F64 b) {
+            return {{_mm256_sub_pd(a.v[0], b.v[0]), _mm256_sub_pd(a.v[1], b.v[1]), _mm256_sub_pd(a.v[2], b.v[2]),
+                     _mm256_sub_pd(a.v[3], b.v[3])}};
+        }
+        friend LLMFP_INLINE F64 operator*(F64 a, F64 b) {
+            return {{_mm256_mul_pd(a.v[0], b.v[0]), _mm256_mul_pd(a.v[1], b.v[1]), _mm256_mul_pd(a.v[2], b.v[2]),
+                     _mm256_mul_pd(a.v[3], b.v[3])}};
+        }
+        LLMFP_INLINE double sum() const {
+            const __m256d four = _mm256_add_pd(_mm256_add_pd(v[0], v[2]), _mm256_add_pd(v[1], v[3]));
+            const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+            return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+        }
+    };
+    template <Dtype D> struct Source {
+        struct Packed {
+            const unsigned char *p;
+            __m256i pairs[2];
+            alignas(32) unsigned char half[itemsize(D) == 1 ? 128 : 1];
+        };
+        struct Max {
+            __m256i most = _mm256_setzero_si256();
+            Bits<D> bits() const {
+                Bits<D> lane[32 / sizeof(Bits<D>)], most_bits = 0;
+                memcpy(lane, &most, 32);
+                for (Bits<D> b : lane) most_bits = b > most_bits ? b : most_bits;
+                return most_bits;
+            }
+        };
+        static LLMFP_INLINE __m256i load(const unsigned char *p) {
+            return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+        }
+        static LLMFP_INLINE void pack(const unsigned char *p, Max &max, Packed &packed) {
+            packed.p = p;
+            if constexpr (sizeof(Bits<D>) == 4) {
+                for (int i = 0; i < 4; i++)
+                    max.most = _mm256_max_epu32(max.most,
+                                                _mm256_and_si256(load(p + 32 * i), _mm256_set1_epi32(0x7fffffff)));
+            } else {
+                for (int i = 0; i < 2; i++) {
+                    const __m256i pairs = load(p + 32 * i);
+                    if constexpr (sizeof(Bits<D>) == 2) {
+                        packed.pairs[i] = pairs;
+                        max.most = _mm256_max_epu16(max.most, _mm256_and_si256(pairs, _mm256_set1_epi32(0x7fff7fff)));
+                        continue;
+                    }
+                    max.most = _mm256_max_epu8(max.most, _mm256_and_si256(pairs, _mm256_set1_epi32(0x7f7f7f7f)));
+                    __m256i even = _mm256_slli_epi16(pairs, 8), odd;
+                    if constexpr (D == Dtype::F8_E5M2) {
+                        odd = _mm256_and_si256(pairs, _mm256_set1_epi16(static_cast<short>(0xff00)));
+                    } else {
+                        const __m256i keep = _mm256_set1_epi16(static_cast<short>(0xbf80));
+                        even = _mm256_and_si256(_mm256_srai_epi16(even, 1), keep);
+                        odd = _mm256_and_si256(_mm256_srai_epi16(pairs, 1), keep);
+                    }
+                    _mm256_store_si256(reinterpret_cast<__m256i *>(packed.half + 32 * i), even);
+                    _mm256_store_si256(reinterpret_cast<__m256i *>(packed.half + 64 + 32 * i), odd);
+                }
+            }
+        }
+        static LLMFP_INLINE F32 get(const Packed &packed, size_t v) {
+            F32 x;
+            for (int i = 0; i < 2; i++) {
+                if constexpr (D == Dtype::BF16) {
+                    x.v[i] = _mm256_castsi256_ps(v == 0 ? _mm256_slli_epi32(packed.pairs[i], 16)
+                                                        : _mm256_and_si256(packed.pairs[i], _mm256_set1_epi32(-65536)));
+                } else if constexpr (D == Dtype::F32) {
+                    x.v[i] = _mm256_castsi256_ps(load(packed.p + 64 * v + 32 * i));
+                } else {
+                    const unsigned char *half = (D == Dtype::F16 ? packed.p : packed.half) + 32 * v + 16 * i;
+                    x.v[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(half)));
+                }
+            }
+            return x;
+        }
+    };
 };
 
-struct MaxBits {
-    uint32_t v = 0;
-    void take(uint32_t magnitude) { v = magnitude > v ? magnitude : v; }
-    template <typename T> uint32_t largest() const { return v; }
+#endif
+#if defined(__aarch64__)
+
+struct Neon {
+    static constexpr int ROWS = 1; // 1 row x 4 sums x 4 registers = 16 of 32
+    struct F32 {
+        float32x4_t v[4];
+        static LLMFP_INLINE F32 zero() { return splat(0); }
+        static LLMFP_INLINE F32 splat(float x) {
+            const float32x4_t a = vdupq_n_f32(x);
+            return {{a, a, a, a}};
+        }
+        static LLMFP_INLINE F32 load(const float *p) {
+            return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}};
+        }
+        LLMFP_INLINE void store(float *p) const {
+            for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, v[i]);
+        }
+        friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
+            for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+            return a;
+        }
+        friend LLMFP_INLINE F32 operator*(F32 a, F32 b) {
+            for (int i = 0; i < 4; i++) a.v[i] = vmulq_f32(a.v[i], b.v[i]);
+            return a;
+        }
+        friend LLMFP_INLINE F32 fma(F32 a, F32 b, F32 c) {
+            for (int i = 0; i < 4; i++) c.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+            return c;
+        }
+    };
+    struct F64 {
+        float64x2_t v[8];
+        static LLMFP_INLINE F64 zero() { return splat(0); }
+        static LLMFP_INLINE F64 splat(double x) {
+            F64 a;
+            for (int i = 0; i < 8; i++) a.v[i] = vdupq_n_f64(x);
+            return a;
+        }
+        static LLMFP_INLINE F64 load(const double *p) {
+            F64 a;
+            for (int i = 0; i < 8; i++) a.v[i] = vld1q_f64(p + 2 * i);
+            return a;
+        }
+        LLMFP_INLINE void store(double *p) const {
+            for (int i = 0; i < 8; i++) vst1q_f64(p + 2 * i, v[i]);
+        }
+        static LLMFP_INLINE F64 widen(F32 x) {
+            F64 a;
+            for (int i = 0; i < 4; i++) {
+                a.v[2 * i] = vcvt_f64_f32(vget_low_f32(x.v[i]));
+                a.v[2 * i + 1] = vcvt_high_f64_f32(x.v[i]);
+            }
+            return a;
+        }
+        friend LLMFP_INLINE F64 operator+(F64 a, F64 b) {
+            for (int i = 0; i < 8; i++) a.v[i] = vaddq_f64(a.v[i], b.v[i]);
+            return a;
+        }
+        friend LLMFP_INLINE F64 operator-(F64 a, F64 b) {
+            for (int i = 0; i < 8; i++) a.v[i] = vsubq_f64(a.v[i], b.v[i]);
+            return a;
+        }
+        friend LLMFP_INLINE F64 operator*(F64 a, F64 b) {
+            for (int i = 0; i < 8; i++) a.v[i] = vmulq_f64(a.v[i], b.v[i]);
+            return a;
+        }
+        LLMFP_INLINE double sum() const {
+            float64x2_t t[4];
+            for (int i = 0; i < 4; i++) t[i] = vaddq_f64(v[i], v[i + 4]);
+            for (int i = 0; i < 2; i++) t[i] = vaddq_f64(t[i], t[i + 2]);
+            return vpaddd_f64(vaddq_f64(t[0], t[1]));
+        }
+    };
+    template <Dtype D> struct Source {
+        struct Packed {
+            const unsigned char *p;
+            uint16x8_t half[itemsize(D) == 1 ? 8 : 1];
+        };
+        struct Max {
+            uint8x16_t most = vdupq_n_u8(0);
+            Bits<D> bits() const {
+                if constexpr (sizeof(Bits<D>) == 4) return vmaxvq_u32(vreinterpretq_u32_u8(most));
+                if constexpr (sizeof(Bits<D>) == 2) return vmaxvq_u16(vreinterpretq_u16_u8(most));
+                return static_cast<Bits<D>>(vmaxvq_u8(most));
+            }
+        };
+        static LLMFP_INLINE void pack(const unsigned char *p, Max &max, Packed &packed) {
+            packed.p = p;
+            for (size_t i = 0; i < Format<D>::BLOCK * sizeof(Bits<D>) / 16; i++) {
+                const uint8x16_t raw = vld1q_u8(p + 16 * i);
+                if constexpr (sizeof(Bits<D>) == 4) {
+                    const uint32x4_t m = vandq_u32(vreinterpretq_u32_u8(raw), vdupq_n_u32(0x7fffffff));
+                    max.most = vreinterpretq_u8_u32(vmaxq_u32(vreinterpretq_u32_u8(max.most), m));
+                } else if constexpr (sizeof(Bits<D>) == 2) {
+                    const uint16x8_t m = vandq_u16(vreinterpretq_u16_u8(raw), vdupq_n_u16(0x7fff));
+                    max.most = vreinterpretq_u8_u16(vmaxq_u16(vreinterpretq_u16_u8(max.most), m));
+                } else {
+                    max.most = vmaxq_u8(max.most, vandq_u8(raw, vdupq_n_u8(0x7f)));
+                    const uint16x8_t pairs = vreinterpretq_u16_u8(raw), even = vshlq_n_u16(pairs, 8);
+                    if constexpr (D == Dtype::F8_E5M2) {
+                        packed.half[i] = even;
+                        packed.half[4 + i] = vandq_u16(pairs, vdupq_n_u16(0xff00));
+                    } else {
+                        const uint16x8_t keep = vdupq_n_u16(0xbf80);
+                        packed.half[i] = vandq_u16(
+                            vreinterpretq_u16_s16(vshrq_n_s16(vreinterpretq_s16_u16(even), 1)), keep);
+                        packed.half[4 + i] = vandq_u16(
+                            vreinterpretq_u16_s16(vshrq_n_s16(vreinterpretq_s16_u16(pairs), 1)), keep);
+                    }
+                }
+            }
+        }
+        static LLMFP_INLINE F32 get(const Packed &packed, size_t v) {
+            F32 x;
+            for (size_t i = 0; i < 4; i++) {
+                if constexpr (D == Dtype::BF16) {
+                    const uint32x4_t pairs = vreinterpretq_u32_u8(vld1q_u8(packed.p + 16 * i));
+                    x.v[i] = vreinterpretq_f32_u32(v == 0 ? vshlq_n_u32(pairs, 16)
+                                                          : vandq_u32(pairs, vdupq_n_u32(0xffff0000)));
+                } else if constexpr (D == Dtype::F32) {
+                    x.v[i] = vreinterpretq_f32_u8(vld1q_u8(packed.p + 64 * v + 16 * i));
+                } else if constexpr (D == Dtype::F16) {
+                    x.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(packed.p + 32 * v + 8 * i)));
+                } else {
+                    const uint16x8_t half = packed.half[2 * v + i / 2];
+                    x.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(i % 2 ? vget_high_u16(half) : vget_low_u16(half)));
+                }
+            }
+            return x;
+        }
+    };
 };
-
-template <typename Bits, typename Widen>
-inline void load_scalar(const uint8_t* p, float* a, float* b, MaxBits& most, Bits sign, Widen widen) {
-    for (int i = 0; i < 32; i++) {
-        Bits x;
-        std::memcpy(&x, p + sizeof(Bits) * i, sizeof(Bits));
-        most.take(x & static_cast<Bits>(~sign));
-        (i < 16 ? a[i] : b[i - 16]) = widen(x);
-    }
-}
-
-inline void load_bf16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    for (int i = 0; i < 16; i++) {
-        uint16_t x[2];
-        std::memcpy(x, p + 4 * i, 4);
-        most.take(x[0] & 0x7fffu);
-        most.take(x[1] & 0x7fffu);
-        a.v[i] = float_of(static_cast<uint32_t>(x[0]) << 16);
-        b.v[i] = float_of(static_cast<uint32_t>(x[1]) << 16);
-    }
-}
-
-inline void load_f16(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    load_scalar(p, a.v, b.v, most, uint16_t{0x8000}, float_of_half);
-}
-
-inline void load_f32(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    load_scalar(p, a.v, b.v, most, uint32_t{0x80000000u}, float_of);
-}
-
-inline void load_e5m2(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    load_scalar(p, a.v, b.v, most, uint8_t{0x80}, [](uint8_t x) { return float_of_half(static_cast<uint16_t>(x << 8)); });
-}
-
-inline void load_e4m3(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) {
-    load_scalar(p, a.v, b.v, most, uint8_t{0x80}, [](uint8_t x) {
-        return float_of_half(static_cast<uint16_t>(((x & 0x80u) << 8) | ((x & 0x7fu) << 7)));
-    });
-}
-
-constexpr int kRowGroup = 1;
 
 #endif
 
-// The stored types: how to load 32, what one element is exactly, and what is not finite.
-// `kScale`: float16 stands in for e4m3 at 2^-8 of its value, undone once per sum instead of once per element.
-struct BF16 {
-    using Bits = uint16_t;
-    static constexpr Bits kNonfinite = 0x7f80;
-    static constexpr double kScale = 1.0;
-    static constexpr int slot(int column) { return (column & 1) * 16 + (column >> 1); }
-    static void load(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) { load_bf16(p, a, b, most); }
-    static double value(Bits x) { return float_of(static_cast<uint32_t>(x) << 16); }
-};
-
-struct F16 {
-    using Bits = uint16_t;
-    static constexpr Bits kNonfinite = 0x7c00;
-    static constexpr double kScale = 1.0;
-    static constexpr int slot(int column) { return column; }
-    static void load(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) { load_f16(p, a, b, most); }
-    static double value(Bits x) { return float_of_half(x); }
-};
-
-struct F32 {
-    using Bits = uint32_t;
-    static constexpr Bits kNonfinite = 0x7f800000u;
-    static constexpr double kScale = 1.0;
-    static constexpr int slot(int column) { return column; }
-    static void load(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) { load_f32(p, a, b, most); }
-    static double value(Bits x) { return float_of(x); }
-};
-
-struct E5M2 {
-    using Bits = uint8_t;
-    static constexpr Bits kNonfinite = 0x7c;
-    static constexpr double kScale = 1.0;
-    static constexpr int slot(int column) { return column; }
-    static void load(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) { load_e5m2(p, a, b, most); }
-    static double value(Bits x) { return float_of_half(static_cast<uint16_t>(x << 8)); }
-};
-
-struct E4M3 {
-    using Bits = uint8_t;
-    static constexpr Bits kNonfinite = 0x7f;
-    static constexpr double kScale = 256.0;
-    static constexpr int slot(int column) { return column; }
-    static void load(const uint8_t* p, F32x16& a, F32x16& b, MaxBits& most) { load_e4m3(p, a, b, most); }
-    static double value(Bits x) {
-        if ((x & 0x7f) == 0x7f) return std::nan("");
-        return 256.0 * float_of_half(static_cast<uint16_t>(((x & 0x80u) << 8) | ((x & 0x7fu) << 7)));
-    }
-};
-
-struct F64 {
-    using Bits = uint64_t;
-    static double value(Bits x) {
-        double value;
-        std::memcpy(&value, &x, 8);
-        return value;
-    }
-};
-
-}  // namespace
+} // namespace
+} // namespace llmfp

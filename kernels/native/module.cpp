@@ -1,393 +1,564 @@
-// llmfp._native: the C++ kernel for Python, with nothing but CPython in between.
+// llmfp._native: the Python side of the CPU kernel. Checks every argument, allocates everything, releases the GIL and
+// calls the SIMD level in use. No NumPy, no torch: buffers in, bytes out.
 //
-// The GIL is released around all work. Buffers may be pages of a file that somebody truncates meanwhile: whatever reads
-// them runs under a guard that turns SIGBUS into OSError.
+// Mapped files can shrink under the reader, which the system reports as SIGBUS. Work on caller's memory runs under a
+// guard that turns it into OSError; only plain C++ without destructors runs there, so the jump out skips nothing.
 
-#include "pages.hpp"
+#include "pages.hpp" // with Python.h, which comes first
 
-#include <atomic>
+#include "job.hpp"
+
+#include <cerrno>
+#include <cfenv>
 #include <csetjmp>
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
-#include "kernel.hpp"
-
-#if defined(__x86_64__)
-extern const Level level_avx512, level_avx2;
-#elif defined(__aarch64__)
-extern const Level level_neon;
-#endif
-extern const Level level_scalar;
-
+namespace llmfp {
 namespace {
 
-// ---------------------------------------------------------------------------------------------- levels
+// ------------------------------------------------------------------------------------------------------- SIMD levels
 
-std::vector<const Level*> levels_here() {
-    std::vector<const Level*> levels;
+// Best first; null where this build or this machine lacks one.
+constexpr size_t LEVELS = 4;
+
+const Level *const *levels() {
+    static const Level *available[LEVELS];
+    static const bool filled = [] {
+        size_t n = 0;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        levels.push_back(&level_avx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        levels.push_back(&level_avx2);
-#elif defined(__aarch64__)
-    levels.push_back(&level_neon);
+        const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+        const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        if (avx512_level && avx512) available[n++] = avx512_level;
+        if (avx2_level && avx2) available[n++] = avx2_level;
 #endif
-    levels.push_back(&level_scalar);
-    return levels;
+        if (neon_level) available[n++] = neon_level;
+        available[n++] = scalar_level;
+        return true;
+    }();
+    (void)filled;
+    return available;
 }
 
-const Level* level_named(const char* name) {
-    for (const Level* level : levels_here())
-        if (std::strcmp(level->name, name) == 0) return level;
-    PyErr_Format(PyExc_ValueError, "no SIMD level %s on this machine", name);
+const Level *level_named(const char *name) {
+    for (size_t i = 0; i < LEVELS && levels()[i]; i++)
+        if (!strcmp(levels()[i]->name, name)) return levels()[i];
+    PyErr_Format(PyExc_ValueError, "SIMD level %s is unknown or cannot run here", name);
     return nullptr;
 }
 
-// ---------------------------------------------------------------------------------------------- guard
+// ------------------------------------------------------------------------------------------------------------- guard
 
-// Volatile, and fenced where it is set: the compiler must not see that ordinary code never reads it.
-thread_local sigjmp_buf* volatile guard = nullptr;
-struct sigaction handler_before;
+struct Guard {
+    sigjmp_buf out;
+    uintptr_t begin, end;
+};
 
-void on_bus_error(int signal, siginfo_t* info, void* context) {
-    if (guard) siglongjmp(*guard, 1);
-    // Not ours: whoever was there before decides.
-    if (handler_before.sa_flags & SA_SIGINFO) return handler_before.sa_sigaction(signal, info, context);
-    if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN)
-        return handler_before.sa_handler(signal);
-    sigaction(signal, &handler_before, nullptr);
+// initial-exec: a handler must not be the first to touch, and so allocate, a thread's lazily made variables.
+__attribute__((tls_model("initial-exec"))) thread_local Guard *guard = nullptr;
+
+struct sigaction previous_action;
+
+void on_sigbus(int number, siginfo_t *info, void *context) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(info->si_addr);
+    if (Guard *g = guard; g && at >= g->begin && at < g->end) siglongjmp(g->out, 1);
+    // Not ours: what would have happened without us. A default or ignored SIGBUS faults again and ends the process.
+    if (previous_action.sa_flags & SA_SIGINFO) return previous_action.sa_sigaction(number, info, context);
+    if (previous_action.sa_handler != SIG_DFL && previous_action.sa_handler != SIG_IGN)
+        return previous_action.sa_handler(number);
+    sigaction(SIGBUS, &previous_action, nullptr);
+    if (info->si_code <= 0) raise(number); // sent by kill(), not by a fault: would not come again by itself
 }
 
 void install_handler() {
     static std::once_flag once;
     std::call_once(once, [] {
-        struct sigaction action = {};
-        action.sa_sigaction = on_bus_error;
-        action.sa_flags = SA_SIGINFO | SA_NODEFER;
-        sigaction(SIGBUS, &action, &handler_before);
+        struct sigaction action;
+        memset(&action, 0, sizeof action);
+        action.sa_sigaction = on_sigbus;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGBUS, &action, &previous_action);
     });
 }
 
-// Runs `work`, which must own nothing that needs a destructor; false when a page of a mapped file was gone.
-template <class Work>
-bool guarded(Work work) {
-    install_handler();
-    sigjmp_buf here;
-    if (sigsetjmp(here, 0)) {
+// False when a page of [begin, begin + nbytes) turned out not to exist. `work` must own nothing with a destructor.
+__attribute__((noinline)) bool guarded(const void *begin, size_t nbytes, void (*work)(void *), void *argument) {
+    constexpr uintptr_t PAGE = 1 << 16; // the largest page anywhere; a fault may be reported at the page's start
+    Guard mine;
+    mine.begin = reinterpret_cast<uintptr_t>(begin) / PAGE * PAGE;
+    mine.end = (reinterpret_cast<uintptr_t>(begin) + nbytes + PAGE - 1) / PAGE * PAGE;
+    if (sigsetjmp(mine.out, 1)) {
         guard = nullptr;
         return false;
     }
-    guard = &here;
-    std::atomic_signal_fence(std::memory_order_seq_cst);
-    work();
-    std::atomic_signal_fence(std::memory_order_seq_cst);
+    guard = &mine;
+    work(argument);
     guard = nullptr;
     return true;
 }
 
-PyObject* page_is_gone() {
-    errno = EIO;
-    return PyErr_SetFromErrno(PyExc_OSError);
-}
-
-// ---------------------------------------------------------------------------------------------- Python values
-
-struct Buffer {
-    Py_buffer view = {};
-    ~Buffer() {
-        if (view.obj) PyBuffer_Release(&view);
-    }
-    bool get(PyObject* object, int flags = PyBUF_SIMPLE) { return PyObject_GetBuffer(object, &view, flags) == 0; }
-    const double* doubles() const { return static_cast<const double*>(view.buf); }
-    Py_ssize_t size() const { return view.len / static_cast<Py_ssize_t>(sizeof(double)); }
-};
-
-struct Deleter {
-    void operator()(PyObject* object) const { Py_XDECREF(object); }
-};
-using Owned = std::unique_ptr<PyObject, Deleter>;
-
-Owned new_doubles(Py_ssize_t count) {
-    return Owned(PyBytes_FromStringAndSize(nullptr, count * static_cast<Py_ssize_t>(sizeof(double))));
-}
-
-double* doubles_of(const Owned& bytes) { return reinterpret_cast<double*>(PyBytes_AS_STRING(bytes.get())); }
-
-PyObject* refuse(const char* message) {
-    PyErr_SetString(PyExc_ValueError, message);
+PyObject *vanished() {
+    PyObject *args = Py_BuildValue("(is)", EIO, "mapped file shrank or disappeared while it was read");
+    if (args) PyErr_SetObject(PyExc_OSError, args);
+    Py_XDECREF(args);
     return nullptr;
 }
 
-struct Stored {
-    const char* name;
-    Dtype dtype;
-    Py_ssize_t size;
-};
-constexpr Stored kStored[] = {{"BF16", kBF16, 2},    {"F16", kF16, 2},         {"F32", kF32, 4},
-                              {"F64", kF64, 8},      {"F8_E4M3", kE4M3, 1},    {"F8_E5M2", kE5M2, 1}};
+// ----------------------------------------------------------------------------------------------------------- buffers
 
-// (rows - 1) * stride + cols * size <= available, without overflow.
-bool fits(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t stride, Py_ssize_t size, Py_ssize_t available) {
-    if (cols > available / size) return false;
-    const Py_ssize_t row = cols * size;
-    if (rows > 1 && stride < row) return false;
-    return rows == 1 || rows - 1 <= (available - row) / stride;
+// A borrowed contiguous buffer.
+struct View {
+    Py_buffer buffer{};
+    View() = default;
+    View(const View &) = delete;
+    ~View() { PyBuffer_Release(&buffer); }
+    bool open(PyObject *object, int flags = PyBUF_SIMPLE) { return PyObject_GetBuffer(object, &buffer, flags) == 0; }
+    const unsigned char *bytes() const { return static_cast<const unsigned char *>(buffer.buf); }
+    size_t size() const { return static_cast<size_t>(buffer.len); }
+    double at(size_t i) const {
+        double x;
+        memcpy(&x, bytes() + 8 * i, 8);
+        return x;
+    }
+};
+
+// A new bytes object of n float64; `data` is where they go. Written without the GIL, before anyone else sees it.
+struct Doubles {
+    PyObject *object = nullptr;
+    double *data = nullptr;
+    Doubles() = default;
+    Doubles(const Doubles &) = delete;
+    ~Doubles() { Py_XDECREF(object); }
+    bool make(size_t n) {
+        object = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(8 * n));
+        if (object) data = reinterpret_cast<double *>(PyBytes_AS_STRING(object));
+        return object != nullptr;
+    }
+    // The object, or None where none was made; the caller's from then on.
+    PyObject *give() {
+        PyObject *given = object ? object : Py_NewRef(Py_None);
+        object = nullptr;
+        return given;
+    }
+};
+
+PyObject *pair(Doubles &mean, Doubles &m2) {
+    return Py_BuildValue("(NN)", mean.give(), m2.give());
 }
 
-// ---------------------------------------------------------------------------------------------- functions
+PyObject *refuse(const char *why) {
+    PyErr_SetString(PyExc_ValueError, why);
+    return nullptr;
+}
 
-PyObject* marginals(PyObject*, PyObject* args) {
+struct Owned {
+    PyObject *object;
+    ~Owned() { Py_XDECREF(object); }
+};
+
+double canonical(double x) { return x == x ? x : __builtin_nan(""); }
+
+// --------------------------------------------------------------------------------------------------------- marginals
+
+struct Name {
+    const char *name;
+    Dtype dtype;
+};
+constexpr Name DTYPES[] = {{"BF16", Dtype::BF16}, {"F16", Dtype::F16},         {"F32", Dtype::F32},
+                           {"F64", Dtype::F64},   {"F8_E4M3", Dtype::F8_E4M3}, {"F8_E5M2", Dtype::F8_E5M2}};
+
+struct Freed {
+    void *memory;
+    ~Freed() { free(memory); }
+};
+
+// Weights this far from 1 would push float32 squares out of range.
+bool extreme(const float *weight, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const float magnitude = weight[i] < 0 ? -weight[i] : weight[i];
+        if (!(magnitude <= 0x1p60f) || (magnitude > 0 && magnitude < 0x1p-50f)) return true;
+    }
+    return false;
+}
+
+struct Run {
+    const Level *level;
+    Job job;
+};
+
+void run(void *argument) {
+    Run *each = static_cast<Run *>(argument);
+    each->level->marginals(&each->job);
+}
+
+// Float32 exactly as IEEE 754 has it (another library may have set flush-to-zero), whatever the thread's state was.
+bool run_guarded(Run &each, size_t nbytes) {
+    fenv_t state;
+    fegetenv(&state);
+    fesetenv(FE_DFL_ENV);
+    const bool whole = guarded(each.job.data, nbytes, run, &each);
+    fesetenv(&state);
+    return whole;
+}
+
+// marginals(level, data, dtype, rows, cols, offset_bytes, row_stride_bytes, unit_rows, col_weight, row_weight, cross):
+// see llmfp.marginals.Chunk. Returns row mean and M2, column mean and M2, weighted mean and M2 (of rows under
+// col_weight, of columns under row_weight, else None twice), cross or None, abs_max, nonfinite.
+PyObject *py_marginals(PyObject *, PyObject *args) {
+    PyObject *data_object, *col_weight_object, *row_weight_object;
     const char *level_name, *dtype_name;
-    PyObject *data_object, *col_object, *row_object;
     Py_ssize_t rows, cols, offset, stride, unit_rows;
     int cross;
-    if (!PyArg_ParseTuple(args, "sOsnnnnnOOp", &level_name, &data_object, &dtype_name, &rows, &cols, &offset, &stride,
-                          &unit_rows, &col_object, &row_object, &cross))
+    if (!PyArg_ParseTuple(args, "sOsnnnnnOOp:marginals", &level_name, &data_object, &dtype_name, &rows, &cols, &offset,
+                          &stride, &unit_rows, &col_weight_object, &row_weight_object, &cross))
         return nullptr;
-    const Level* level = level_named(level_name);
-    if (!level) return nullptr;
-    const Stored* stored = nullptr;
-    for (const Stored& each : kStored)
-        if (std::strcmp(each.name, dtype_name) == 0) stored = &each;
-    if (!stored) return refuse("unknown dtype");
-    if (rows < 1 || cols < 1 || unit_rows < 1) return refuse("rows, cols and unit_rows must be positive");
-    Buffer data, col_weight, row_weight;
-    if (!data.get(data_object)) return nullptr;
-    if (offset < 0 || offset > data.view.len || !fits(rows, cols, stride, stored->size, data.view.len - offset))
-        return refuse("the matrix reaches outside its buffer");
-    const bool by_col = col_object != Py_None, by_row = row_object != Py_None;
-    if (by_row && (by_col || cross)) return refuse("row_weight goes with neither col_weight nor cross");
-    if (by_col && !col_weight.get(col_object)) return nullptr;
-    if (by_row && !row_weight.get(row_object)) return nullptr;
-    if ((by_col && col_weight.view.len != 4 * cols) || (by_row && row_weight.view.len != 4 * rows))
-        return refuse("a weight must be float32, one per column or row");
-    const Py_ssize_t units = (rows + unit_rows - 1) / unit_rows;
-    if (units > PY_SSIZE_T_MAX / 64 / cols) return refuse("too many columns");
-    const Owned row_mean = new_doubles(rows), row_m2 = new_doubles(rows);
-    const Owned col_mean = new_doubles(units * cols), col_m2 = new_doubles(units * cols);
-    Owned weighted_mean, weighted_m2, products;
-    if (by_col || by_row) {
-        weighted_mean = new_doubles(by_col ? rows : units * cols);
-        weighted_m2 = new_doubles(by_col ? rows : units * cols);
+    Run each;
+    each.level = level_named(level_name);
+    if (!each.level) return nullptr;
+    const Name *known = nullptr;
+    for (const Name &each : DTYPES)
+        if (!strcmp(each.name, dtype_name)) known = &each;
+    if (!known) return PyErr_Format(PyExc_ValueError, "unknown dtype %s", dtype_name);
+    View data, col_weight, row_weight;
+    if (!data.open(data_object)) return nullptr;
+    if (rows < 1 || cols < 1 || unit_rows < 1) return refuse("rows, cols and unit_rows must be at least 1");
+    if (offset < 0 || stride < 0) return refuse("offset_bytes and row_stride_bytes must not be negative");
+    // The last element must end inside the buffer; each step is checked before it can overflow.
+    const size_t item = itemsize(known->dtype), size = data.size(), n_cols = static_cast<size_t>(cols);
+    size_t last_row, row_bytes, end;
+    if (__builtin_mul_overflow(n_cols, item, &row_bytes) ||
+        __builtin_mul_overflow(static_cast<size_t>(rows - 1), static_cast<size_t>(stride), &last_row) ||
+        __builtin_add_overflow(last_row, row_bytes, &end) ||
+        __builtin_add_overflow(end, static_cast<size_t>(offset), &end) || end > size)
+        return refuse("rows and columns reach beyond the end of the buffer");
+    if (rows > 1 && static_cast<size_t>(stride) < row_bytes) return refuse("row_stride_bytes is shorter than a row");
+    if (col_weight_object != Py_None && row_weight_object != Py_None)
+        return refuse("col_weight and row_weight exclude each other");
+    if (cross && row_weight_object != Py_None) return refuse("cross and row_weight exclude each other");
+    if (col_weight_object != Py_None && !col_weight.open(col_weight_object)) return nullptr;
+    if (row_weight_object != Py_None && !row_weight.open(row_weight_object)) return nullptr;
+    if (col_weight.buffer.obj && col_weight.size() != 4 * n_cols) return refuse("col_weight is not float32[cols]");
+    const size_t n_rows = static_cast<size_t>(rows);
+    if (row_weight.buffer.obj && row_weight.size() != 4 * n_rows) return refuse("row_weight is not float32[rows]");
+
+    const size_t units = (n_rows - 1) / static_cast<size_t>(unit_rows) + 1;
+    size_t entries;
+    if (__builtin_mul_overflow(units, n_cols, &entries) || entries > PY_SSIZE_T_MAX / 16) return PyErr_NoMemory();
+    Job &job = each.job;
+    memset(&job, 0, sizeof job);
+    job.data = data.bytes() + offset;
+    job.dtype = known->dtype;
+    job.rows = n_rows, job.cols = n_cols;
+    job.row_stride = static_cast<size_t>(stride), job.unit_rows = static_cast<size_t>(unit_rows);
+    job.cross = cross;
+    const size_t row_weight_bytes = (row_weight.buffer.obj ? 4 * n_rows + 63 : 0) / 64 * 64;
+    unsigned char *memory = static_cast<unsigned char *>(
+        aligned_alloc(64, SCRATCH_BYTES_PER_COLUMN * padded(n_cols) + row_weight_bytes));
+    if (!memory) return PyErr_NoMemory();
+    const Freed freed{memory};
+    job.scratch = lay_out(memory + row_weight_bytes, n_cols);
+
+    Doubles row_mean, row_m2, col_mean, col_m2, weighted_mean, weighted_m2, cross_sum;
+    if (!row_mean.make(n_rows) || !row_m2.make(n_rows) || !col_mean.make(entries) || !col_m2.make(entries))
+        return nullptr;
+    job.row_mean = row_mean.data, job.row_m2 = row_m2.data, job.col_mean = col_mean.data, job.col_m2 = col_m2.data;
+    if (col_weight.buffer.obj) {
+        if (!weighted_mean.make(n_rows) || !weighted_m2.make(n_rows)) return nullptr;
+        job.weighted_row_mean = weighted_mean.data, job.weighted_row_m2 = weighted_m2.data;
+        job.has_col_weight = true;
+        memset(job.scratch.gain, 0, 4 * padded(n_cols));
+        memcpy(job.scratch.gain, col_weight.bytes(), 4 * n_cols);
+        job.exact = extreme(job.scratch.gain, n_cols);
     }
-    if (cross) products = new_doubles(units * cols);
-    if (PyErr_Occurred()) return nullptr;
-    std::unique_ptr<double[]> scratch(new (std::nothrow) double[static_cast<size_t>(scratch_doubles(cols))]);
-    if (!scratch) return PyErr_NoMemory();
-    Request request = {};
-    request.data = static_cast<const uint8_t*>(data.view.buf) + offset;
-    request.rows = rows, request.cols = cols, request.row_stride = stride, request.unit_rows = unit_rows;
-    request.col_weight = by_col ? static_cast<const float*>(col_weight.view.buf) : nullptr;
-    request.row_weight = by_row ? static_cast<const float*>(row_weight.view.buf) : nullptr;
-    request.row_mean = doubles_of(row_mean), request.row_m2 = doubles_of(row_m2);
-    request.col_mean = doubles_of(col_mean), request.col_m2 = doubles_of(col_m2);
-    request.weighted_mean = weighted_mean ? doubles_of(weighted_mean) : nullptr;
-    request.weighted_m2 = weighted_m2 ? doubles_of(weighted_m2) : nullptr;
-    request.cross = products ? doubles_of(products) : nullptr;
-    request.scratch = scratch.get();
+    if (row_weight.buffer.obj) {
+        if (!weighted_mean.make(entries) || !weighted_m2.make(entries)) return nullptr;
+        job.weighted_col_mean = weighted_mean.data, job.weighted_col_m2 = weighted_m2.data;
+        memcpy(memory, row_weight.bytes(), 4 * n_rows);
+        job.row_weight = reinterpret_cast<const float *>(memory);
+        job.exact = extreme(job.row_weight, n_rows);
+    }
+    if (cross) {
+        if (!cross_sum.make(entries)) return nullptr;
+        job.cross_sum = cross_sum.data;
+    }
+    install_handler();
     bool whole;
     Py_BEGIN_ALLOW_THREADS
-    whole = guarded([level, stored, &request] { level->reduce(stored->dtype, request); });
+    whole = run_guarded(each, end - static_cast<size_t>(offset));
     Py_END_ALLOW_THREADS
-    if (!whole) return page_is_gone();
-    PyObject* const none = Py_None;
-    return Py_BuildValue("OOOOOOOdL", row_mean.get(), row_m2.get(), col_mean.get(), col_m2.get(),
-                         weighted_mean ? weighted_mean.get() : none, weighted_m2 ? weighted_m2.get() : none,
-                         products ? products.get() : none, request.abs_max, static_cast<long long>(request.nonfinite));
+    if (!whole) return vanished();
+
+    return Py_BuildValue("(NNNNNNNdK)", row_mean.give(), row_m2.give(), col_mean.give(), col_m2.give(),
+                         weighted_mean.give(), weighted_m2.give(), cross_sum.give(), job.abs_max,
+                         static_cast<unsigned long long>(job.nonfinite));
 }
 
-// merge(level, parts): the column moments of consecutive units as one, folded left to right. parts is a sequence of
-// (counts, mean, m2): rows per unit, and float64[units, cols] each. Returns (mean, m2), float64[cols].
-PyObject* merge(PyObject*, PyObject* args) {
-    const char* level_name;
-    PyObject* list;
-    if (!PyArg_ParseTuple(args, "sO", &level_name, &list)) return nullptr;
-    const Level* level = level_named(level_name);
-    if (!level) return nullptr;
-    const Owned parts(PySequence_Fast(list, "parts must be a sequence"));
-    if (!parts) return nullptr;
-    struct Part {
-        std::vector<double> counts;
-        Buffer mean, m2;
-    };
-    std::vector<Part> taken(static_cast<size_t>(PySequence_Fast_GET_SIZE(parts.get())));
-    Py_ssize_t cols = -1;
-    for (size_t i = 0; i < taken.size(); i++) {
-        PyObject *counts, *mean, *m2;
-        if (!PyArg_ParseTuple(PySequence_Fast_GET_ITEM(parts.get(), static_cast<Py_ssize_t>(i)), "O!OO", &PyTuple_Type,
-                              &counts, &mean, &m2))
-            return nullptr;
-        Part& part = taken[i];
-        const Py_ssize_t units = PyTuple_GET_SIZE(counts);
-        for (Py_ssize_t u = 0; u < units; u++) part.counts.push_back(PyFloat_AsDouble(PyTuple_GET_ITEM(counts, u)));
-        if (PyErr_Occurred() || !part.mean.get(mean) || !part.m2.get(m2)) return nullptr;
-        if (i == 0 && units) cols = part.mean.size() / units;
-        if (!units || part.mean.view.len != part.m2.view.len || part.mean.size() != units * cols)
-            return refuse("every part needs one mean and M2 per unit and column");
+// ------------------------------------------------------------------------------------------------- merging and pooling
+
+// One part of a merge: rows per unit, and float64[units, cols] each.
+struct Part {
+    std::vector<double> counts;
+    View mean, m2;
+};
+
+bool read_part(PyObject *object, Part &part, size_t &cols) {
+    PyObject *counts, *mean, *m2;
+    if (!PyArg_ParseTuple(object, "O!OO:part", &PyTuple_Type, &counts, &mean, &m2)) return false;
+    const Py_ssize_t units = PyTuple_GET_SIZE(counts);
+    for (Py_ssize_t u = 0; u < units; u++) {
+        const Py_ssize_t count = PyLong_AsSsize_t(PyTuple_GET_ITEM(counts, u));
+        if (count < 1) {
+            if (!PyErr_Occurred()) refuse("counts must be positive");
+            return false;
+        }
+        part.counts.push_back(static_cast<double>(count));
     }
-    if (taken.empty()) return refuse("nothing to merge");
-    const Owned mean = new_doubles(cols), m2 = new_doubles(cols);
-    if (!mean || !m2) return nullptr;
-    double *const into_mean = doubles_of(mean), *const into_m2 = doubles_of(m2);
+    if (!part.mean.open(mean) || !part.m2.open(m2)) return false;
+    if (cols == 0 && units) cols = part.mean.size() / 8 / static_cast<size_t>(units);
+    if (cols == 0 || part.mean.size() != 8 * cols * static_cast<size_t>(units) || part.m2.size() != part.mean.size()) {
+        refuse("a part needs one mean and M2 for every unit and column");
+        return false;
+    }
+    return true;
+}
+
+// merge(level, parts): column moments of consecutive units as one, folded left to right (Chan, Golub & LeVeque 1979).
+// parts: a sequence of (counts, mean, m2). Returns (mean, m2), float64[cols].
+PyObject *py_merge(PyObject *, PyObject *args) {
+    const char *level_name;
+    PyObject *list;
+    if (!PyArg_ParseTuple(args, "sO:merge", &level_name, &list)) return nullptr;
+    const Level *level = level_named(level_name);
+    const Owned sequence{level ? PySequence_Fast(list, "parts must be a sequence") : nullptr};
+    if (!sequence.object) return nullptr;
+    const size_t count = static_cast<size_t>(PySequence_Fast_GET_SIZE(sequence.object));
+    if (count == 0) return refuse("nothing to merge");
+    std::vector<Part> parts(count);
+    size_t cols = 0;
+    for (size_t i = 0; i < count; i++)
+        if (!read_part(PySequence_Fast_GET_ITEM(sequence.object, static_cast<Py_ssize_t>(i)), parts[i], cols))
+            return nullptr;
+    Doubles mean, m2;
+    if (!mean.make(cols) || !m2.make(cols)) return nullptr;
     Py_BEGIN_ALLOW_THREADS
     double total = 0;
-    for (const Part& part : taken)
-        for (size_t u = 0; u < part.counts.size(); u++) {
-            const double* unit_mean = part.mean.doubles() + static_cast<ptrdiff_t>(u) * cols;
-            const double* unit_m2 = part.m2.doubles() + static_cast<ptrdiff_t>(u) * cols;
-            if (total == 0) {
-                std::copy(unit_mean, unit_mean + cols, into_mean);
-                std::copy(unit_m2, unit_m2 + cols, into_m2);
-            } else {
-                level->fold(total, into_mean, into_m2, part.counts[u], unit_mean, unit_m2, cols);
-            }
-            total += part.counts[u];
+    for (const Part &part : parts)
+        for (size_t unit = 0; unit < part.counts.size(); unit++) {
+            const unsigned char *unit_mean = part.mean.bytes() + 8 * cols * unit;
+            const unsigned char *unit_m2 = part.m2.bytes() + 8 * cols * unit;
+            if (total == 0) memcpy(mean.data, unit_mean, 8 * cols), memcpy(m2.data, unit_m2, 8 * cols);
+            else level->fold(total, mean.data, m2.data, part.counts[unit], unit_mean, unit_m2, cols);
+            total += part.counts[unit];
         }
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("OO", mean.get(), m2.get());
+    return pair(mean, m2);
 }
 
-// add(parts, cols): the sum of all units of parts, float64[units, cols] each, left to right. Returns float64[cols].
-PyObject* add(PyObject*, PyObject* args) {
-    PyObject* list;
-    Py_ssize_t cols;
-    if (!PyArg_ParseTuple(args, "On", &list, &cols)) return nullptr;
-    const Owned parts(PySequence_Fast(list, "parts must be a sequence"));
-    if (!parts || cols < 1) return parts ? refuse("cols must be positive") : nullptr;
-    const Owned sum = new_doubles(cols);
-    if (!sum) return nullptr;
-    double* const into = doubles_of(sum);
-    std::fill(into, into + cols, 0.0);
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(parts.get()); i++) {
-        Buffer part;
-        if (!part.get(PySequence_Fast_GET_ITEM(parts.get(), i))) return nullptr;
-        if (part.size() % cols) return refuse("every part needs whole units");
-        for (Py_ssize_t c = 0; c < part.size(); c++) into[c % cols] += part.doubles()[c];
+// add(parts, cols): all units of all parts, float64[units, cols] each, added left to right. Returns float64[cols].
+PyObject *py_add(PyObject *, PyObject *args) {
+    PyObject *list;
+    Py_ssize_t n;
+    if (!PyArg_ParseTuple(args, "On:add", &list, &n)) return nullptr;
+    if (n < 1) return refuse("cols must be at least 1");
+    const Owned sequence{PySequence_Fast(list, "parts must be a sequence")};
+    if (!sequence.object) return nullptr;
+    const size_t cols = static_cast<size_t>(n), row_bytes = 8 * cols;
+    Doubles sum;
+    if (!sum.make(cols)) return nullptr;
+    memset(sum.data, 0, row_bytes);
+    for (Py_ssize_t p = 0; p < PySequence_Fast_GET_SIZE(sequence.object); p++) {
+        View part;
+        if (!part.open(PySequence_Fast_GET_ITEM(sequence.object, p))) return nullptr;
+        if (part.size() % row_bytes) return refuse("a part does not hold whole units");
+        for (size_t unit = 0; unit < part.size() / row_bytes; unit++)
+            for (size_t j = 0; j < cols; j++) sum.data[j] = canonical(sum.data[j] + part.at(unit * cols + j));
     }
-    return Py_BuildValue("O", sum.get());
+    return sum.give();
 }
 
-// pool(mean, m2, count, block): every `block` consecutive entries of `count` elements each as one. (mean, m2).
-PyObject* pool(PyObject*, PyObject* args) {
+// pool(mean, m2, count, block): every `block` consecutive entries, of `count` elements each, as one. Returns (mean, m2).
+PyObject *py_pool(PyObject *, PyObject *args) {
     PyObject *mean_object, *m2_object;
     Py_ssize_t count, block;
-    if (!PyArg_ParseTuple(args, "OOnn", &mean_object, &m2_object, &count, &block)) return nullptr;
-    Buffer mean, m2;
-    if (!mean.get(mean_object) || !m2.get(m2_object)) return nullptr;
-    if (block < 1 || mean.view.len != m2.view.len || mean.size() % block)
-        return refuse("block must divide the number of entries");
-    const Py_ssize_t blocks = mean.size() / block;
-    const Owned pooled_mean = new_doubles(blocks), pooled_m2 = new_doubles(blocks);
-    if (!pooled_mean || !pooled_m2) return nullptr;
-    double *const into_mean = doubles_of(pooled_mean), *const into_m2 = doubles_of(pooled_m2);
+    if (!PyArg_ParseTuple(args, "OOnn:pool", &mean_object, &m2_object, &count, &block)) return nullptr;
+    View mean, m2;
+    if (!mean.open(mean_object) || !m2.open(m2_object)) return nullptr;
+    if (count < 1 || block < 1) return refuse("count and block must be at least 1");
+    const size_t size = static_cast<size_t>(block), n = mean.size() / 8;
+    if (mean.size() % 8 || mean.size() != m2.size() || n % size) return refuse("block does not divide the entries");
+    Doubles mean_out, m2_out;
+    if (!mean_out.make(n / size) || !m2_out.make(n / size)) return nullptr;
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t b = 0; b < blocks; b++) {
-        const double *means = mean.doubles() + b * block, *m2s = m2.doubles() + b * block;
-        double sum = 0, within = 0, between = 0;
-        for (Py_ssize_t i = 0; i < block; i++) sum += means[i], within += m2s[i];
-        into_mean[b] = sum / static_cast<double>(block);
-        for (Py_ssize_t i = 0; i < block; i++) between += (means[i] - into_mean[b]) * (means[i] - into_mean[b]);
-        into_m2[b] = within + static_cast<double>(count) * between;
+    for (size_t b = 0; b < n / size; b++) {
+        // Four running sums, entry i in sum i % 4: four times as fast as one, and an order that never changes.
+        double sum[4] = {0, 0, 0, 0}, within[4] = {0, 0, 0, 0}, between[4] = {0, 0, 0, 0};
+        for (size_t i = 0; i < size; i++) sum[i % 4] += mean.at(b * size + i), within[i % 4] += m2.at(b * size + i);
+        const double pooled = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<double>(size);
+        for (size_t i = 0; i < size; i++) {
+            const double d = mean.at(b * size + i) - pooled;
+            between[i % 4] += d * d;
+        }
+        const double inside = (within[0] + within[1]) + (within[2] + within[3]);
+        const double outside = (between[0] + between[1]) + (between[2] + between[3]);
+        mean_out.data[b] = canonical(pooled);
+        m2_out.data[b] = canonical(inside + static_cast<double>(count) * outside);
     }
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("OO", pooled_mean.get(), pooled_m2.get());
+    return pair(mean_out, m2_out);
 }
 
-// binary64 → binary16, rounded once, to nearest even.
-uint16_t half_of(double value) {
-    if (std::isnan(value)) return 0x7e00;
-    const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-    const double magnitude = std::fabs(value);
-    if (magnitude >= 65520.0) return sign | 0x7c00;
-    if (magnitude == 0.0) return sign;
-    int exponent;
-    std::frexp(magnitude, &exponent);                       // magnitude = f · 2^exponent, f in [½, 1)
-    const int quantum = std::max(exponent - 11, -24);       // the last place of binary16 at this magnitude
-    const double steps = std::nearbyint(std::ldexp(magnitude, -quantum));
-    const int whole = static_cast<int>(steps);
-    if (quantum == -24) return static_cast<uint16_t>(sign | whole);  // subnormal, or the smallest normals
-    return static_cast<uint16_t>(sign | (((quantum + 24) << 10) + whole));
+// --------------------------------------------------------------------------------------------------- residual profile
+
+uint64_t bits_of(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    return bits;
 }
 
-// log_rms(mean, m2, count, weight, cross, centre_square): see kernels.Backend. float16[entries].
-PyObject* log_rms(PyObject*, PyObject* args) {
+// Natural logarithm from additions, multiplications and one division, so that it is the same on every machine (libm's
+// is not). x = m 2^e with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m - 1) / (m + 1)); error below 2e-16 relative.
+double logarithm(double x) {
+    if (!(x > 0)) return x == 0 ? -HUGE_VAL : __builtin_nan("");
+    if (x > 0x1.fffffffffffffp1023) return x;
+    int e = 0;
+    if (x < 0x1p-1022) x *= 0x1p54, e = -54;
+    uint64_t bits = bits_of(x);
+    e += static_cast<int>(bits >> 52) - 1023;
+    bits = (bits & 0x000fffffffffffff) | 0x3ff0000000000000;
+    double m;
+    memcpy(&m, &bits, 8);
+    if (m > 1.4142135623730951) m *= 0.5, e++;
+    const double s = (m - 1) / (m + 1), z = s * s;
+    double series = 0;
+    for (int odd = 23; odd >= 1; odd -= 2) series = series * z + 1.0 / odd;
+    return static_cast<double>(e) * 0x1.62e42fefa39efp-1 + 2 * s * series;
+}
+
+// Nearest float16, ties to even, straight from float64 (by way of float32 it would round twice).
+uint16_t half_of(double x) {
+    const uint64_t bits = bits_of(x), magnitude = bits & 0x7fffffffffffffff;
+    const uint16_t sign = static_cast<uint16_t>(bits >> 48 & 0x8000);
+    if (magnitude > 0x7ff0000000000000) return 0x7e00;
+    if (magnitude >= 0x40effe0000000000) return sign | 0x7c00; // 65520 and above
+    const int exponent = static_cast<int>(magnitude >> 52) - 1023;
+    if (exponent < -25) return sign;
+    // Bits that a float16 of this exponent lacks: 42 of a normal number, one more for each step below 2^-14.
+    const int lost = exponent < -14 ? 42 + (-14 - exponent) : 42;
+    const uint64_t mantissa = (magnitude & 0x000fffffffffffff) | 0x0010000000000000;
+    const uint64_t kept = mantissa >> lost, rest = mantissa & ((uint64_t(1) << lost) - 1);
+    const uint64_t tie = uint64_t(1) << (lost - 1);
+    const uint64_t rounded = kept + (rest > tie || (rest == tie && (kept & 1)));
+    // The leading one of a normal number adds 1 to the exponent field; a carry out of the mantissa does so too.
+    const uint64_t field = exponent < -14 ? 0 : static_cast<uint64_t>(exponent + 14) << 10;
+    return static_cast<uint16_t>(sign | (field + rounded));
+}
+
+// log_rms(mean, m2, count, weight, cross, centre_square): see llmfp.kernels.Backend. Returns float16[entries].
+PyObject *py_log_rms(PyObject *, PyObject *args) {
     PyObject *mean_object, *m2_object, *weight_object, *cross_object;
     Py_ssize_t count;
     double centre_square;
-    if (!PyArg_ParseTuple(args, "OOnOOd", &mean_object, &m2_object, &count, &weight_object, &cross_object,
+    if (!PyArg_ParseTuple(args, "OOnOOd:log_rms", &mean_object, &m2_object, &count, &weight_object, &cross_object,
                           &centre_square))
         return nullptr;
-    Buffer mean, m2, weight, cross;
-    if (!mean.get(mean_object) || !m2.get(m2_object)) return nullptr;
-    if (weight_object != Py_None && !weight.get(weight_object)) return nullptr;
-    if (cross_object != Py_None && !cross.get(cross_object)) return nullptr;
-    const Py_ssize_t size = mean.size();
-    if (count < 1 || m2.size() != size || (weight.view.obj && weight.view.len != 4 * size) ||
-        (cross.view.obj && cross.size() != size))
-        return refuse("mean, m2, weight and cross must have one entry each");
-    const Owned result(PyBytes_FromStringAndSize(nullptr, 2 * size));
+    View mean, m2, weight, cross;
+    if (!mean.open(mean_object) || !m2.open(m2_object)) return nullptr;
+    if (weight_object != Py_None && !weight.open(weight_object)) return nullptr;
+    if (cross_object != Py_None && !cross.open(cross_object)) return nullptr;
+    const size_t n = mean.size() / 8;
+    if (count < 1) return refuse("count must be at least 1");
+    if (mean.size() % 8 || m2.size() != mean.size()) return refuse("mean and m2 differ in size");
+    if (weight.buffer.obj && weight.size() != 4 * n) return refuse("weight is not one float32 per entry");
+    if (cross.buffer.obj && cross.size() != 8 * n) return refuse("cross is not one float64 per entry");
+    PyObject *result = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(2 * n));
     if (!result) return nullptr;
-    uint16_t* const into = reinterpret_cast<uint16_t*>(PyBytes_AS_STRING(result.get()));
+    char *out = PyBytes_AS_STRING(result);
+    const double size = static_cast<double>(count);
     Py_BEGIN_ALLOW_THREADS
-    const double n = static_cast<double>(count);
-    for (Py_ssize_t i = 0; i < size; i++) {
-        const double w = weight.view.obj ? static_cast<const float*>(weight.view.buf)[i] : 1.0;
-        const double mu = mean.doubles()[i];
-        double square = w * w * (mu * mu + m2.doubles()[i] / n);
-        if (cross.view.obj) square = std::max(square - 2.0 * w * cross.doubles()[i] / n + centre_square, 0.0);
-        into[i] = half_of(0.5 * std::log(square));
+    for (size_t i = 0; i < n; i++) {
+        float weight32 = 1;
+        if (weight.buffer.obj) memcpy(&weight32, weight.bytes() + 4 * i, 4);
+        const double w = weight32, centre = mean.at(i);
+        double square = w * w * (centre * centre + m2.at(i) / size);
+        if (cross.buffer.obj) {
+            square = square - 2.0 * w * cross.at(i) / size + centre_square;
+            square = square < 0 ? 0 : square;
+        }
+        const uint16_t half = half_of(0.5 * logarithm(square));
+        memcpy(out + 2 * i, &half, 2);
     }
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("O", result.get());
+    return result;
 }
 
-// copy(source, offset, into): fills `into` from a buffer that may be a mapped file. Raises OSError if a page is gone.
-PyObject* copy(PyObject*, PyObject* args) {
-    PyObject *source_object, *into_object;
+// -------------------------------------------------------------------------------------------------------------- rest
+
+struct Copy {
+    void *to;
+    const void *from;
+    size_t nbytes;
+};
+
+void run_copy(void *argument) {
+    const Copy *copy = static_cast<const Copy *>(argument);
+    memcpy(copy->to, copy->from, copy->nbytes);
+}
+
+// copy(source, offset, into): fills `into`. OSError where a mapped file has no such page any more.
+PyObject *py_copy(PyObject *, PyObject *args) {
+    PyObject *source_object, *out_object;
     Py_ssize_t offset;
-    if (!PyArg_ParseTuple(args, "OnO", &source_object, &offset, &into_object)) return nullptr;
-    Buffer source, into;
-    if (!source.get(source_object) || !into.get(into_object, PyBUF_WRITABLE)) return nullptr;
-    if (offset < 0 || offset > source.view.len || into.view.len > source.view.len - offset)
-        return refuse("range outside the buffer");
-    const void* const from = static_cast<const uint8_t*>(source.view.buf) + offset;
-    void* const to = into.view.buf;
-    const size_t nbytes = static_cast<size_t>(into.view.len);
+    if (!PyArg_ParseTuple(args, "OnO:copy", &source_object, &offset, &out_object)) return nullptr;
+    View source, out;
+    if (!source.open(source_object) || !out.open(out_object, PyBUF_WRITABLE)) return nullptr;
+    if (offset < 0 || static_cast<size_t>(offset) > source.size() ||
+        out.size() > source.size() - static_cast<size_t>(offset))
+        return refuse("out reaches beyond the end of the source");
+    Copy copy{out.buffer.buf, source.bytes() + offset, out.size()};
+    install_handler();
     bool whole;
     Py_BEGIN_ALLOW_THREADS
-    whole = guarded([to, from, nbytes] { std::memcpy(to, from, nbytes); });
+    whole = guarded(copy.from, copy.nbytes, run_copy, &copy);
     Py_END_ALLOW_THREADS
-    if (!whole) return page_is_gone();
+    if (!whole) return vanished();
     Py_RETURN_NONE;
 }
 
-// levels(): the SIMD levels this machine can run, best first.
-PyObject* levels(PyObject*, PyObject*) {
-    const std::vector<const Level*> here = levels_here();
-    Owned names(PyTuple_New(static_cast<Py_ssize_t>(here.size())));
-    if (!names) return nullptr;
-    for (size_t i = 0; i < here.size(); i++)
-        PyTuple_SET_ITEM(names.get(), static_cast<Py_ssize_t>(i), PyUnicode_FromString(here[i]->name));
-    return names.release();
+// levels(): SIMD levels that this machine can run, best first.
+PyObject *py_levels(PyObject *, PyObject *) {
+    size_t n = 0;
+    while (n < LEVELS && levels()[n]) n++;
+    PyObject *names = PyTuple_New(static_cast<Py_ssize_t>(n));
+    for (size_t i = 0; names && i < n; i++) {
+        PyObject *name = PyUnicode_FromString(levels()[i]->name);
+        if (!name) Py_CLEAR(names);
+        else PyTuple_SET_ITEM(names, static_cast<Py_ssize_t>(i), name);
+    }
+    return names;
 }
 
-PyMethodDef methods[] = {
-    {"marginals", marginals, METH_VARARGS, nullptr}, {"merge", merge, METH_VARARGS, nullptr},
-    {"add", add, METH_VARARGS, nullptr},             {"pool", pool, METH_VARARGS, nullptr},
-    {"log_rms", log_rms, METH_VARARGS, nullptr},     {"copy", copy, METH_VARARGS, nullptr},
-    {"populate", pages::populate, METH_VARARGS, nullptr}, {"release", pages::release, METH_VARARGS, nullptr},
-    {"levels", levels, METH_NOARGS, nullptr},        {nullptr, nullptr, 0, nullptr},
-};
+PyMethodDef METHODS[] = {{"levels", py_levels, METH_NOARGS, nullptr},
+                         {"marginals", py_marginals, METH_VARARGS, nullptr},
+                         {"merge", py_merge, METH_VARARGS, nullptr},
+                         {"add", py_add, METH_VARARGS, nullptr},
+                         {"pool", py_pool, METH_VARARGS, nullptr},
+                         {"log_rms", py_log_rms, METH_VARARGS, nullptr},
+                         {"copy", py_copy, METH_VARARGS, nullptr},
+                         {"populate", pages::populate, METH_VARARGS, nullptr},
+                         {"release", pages::release, METH_VARARGS, nullptr},
+                         {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", "The C++ kernel of llmfp.", -1, methods,
-                      nullptr,               nullptr,   nullptr,                    nullptr};
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "llmfp._native", "The native CPU kernel; see llmfp.kernels.native_cpu.",
+                      -1,                    METHODS,         nullptr,
+                      nullptr,               nullptr,         nullptr};
 
-}  // namespace
+} // namespace
+} // namespace llmfp
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&llmfp::MODULE); }

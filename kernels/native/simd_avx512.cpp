@@ -1,7 +1,11 @@
-// The kernel for AVX-512 (F, BW, DQ, VL); compiled with those flags and nothing else with them.
-#if defined(__x86_64__)
-#define LLMFP_AVX512
-#define LLMFP_LEVEL level_avx512
-#define LLMFP_NAME "avx512"
+// AVX-512 (F, BW, DQ, VL): compiled with those flags and nothing else with them.
 #include "kernel.hpp"
+
+namespace llmfp {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+static const Level level = {"avx512", marginals<Avx512>, fold_unit};
+const Level *const avx512_level = &level;
+#else
+const Level *const avx512_level = nullptr;
 #endif
+} // namespace llmfp

@@ -1,7 +1,11 @@
-// The kernel for NEON, which every aarch64 machine has.
-#if defined(__aarch64__)
-#define LLMFP_NEON
-#define LLMFP_LEVEL level_neon
-#define LLMFP_NAME "neon"
+// NEON: every aarch64 machine has it.
 #include "kernel.hpp"
+
+namespace llmfp {
+#if defined(__aarch64__)
+static const Level level = {"neon", marginals<Neon>, fold_unit};
+const Level *const neon_level = &level;
+#else
+const Level *const neon_level = nullptr;
 #endif
+} // namespace llmfp

@@ -1,4 +1,7 @@
-// The kernel in plain C++, for machines with none of the others and to check them against.
-#define LLMFP_LEVEL level_scalar
-#define LLMFP_NAME "scalar"
+// Plain C++ for any machine, and what the others are checked against.
 #include "kernel.hpp"
+
+namespace llmfp {
+static const Level level = {"scalar", marginals<Scalar>, fold_unit};
+const Level *const scalar_level = &level;
+} // namespace llmfp
