@@ -28,8 +28,9 @@ from llmfp.checkpoint import TensorSpec, open_checkpoint
 from llmfp.checkpoint.safetensors_file import read_header
 from llmfp.checkpoint.specs import ITEM_BITS
 from llmfp.checkpoint.strict_json import MAX_BYTES
-from llmfp.errors import CheckpointError
+from llmfp.errors import CheckpointError, LlmfpError
 from llmfp.reader.mmap_reader import MmapReader
+from llmfp.report import printable
 from tests.checkpoints import (
     BACKEND,
     Stored,
@@ -390,6 +391,12 @@ def test_bad_input_is_one_line_and_a_hint_with_exit_code_2_and_nothing_written(
         assert word in stderr
     assert list(out.iterdir()) == []
     assert seconds < 20, "hostile input must not buy time"
+    with pytest.raises(LlmfpError) as caught:
+        llmfp.scan(source, backend=BACKEND)
+    assert lines == [
+        f"error: {printable(str(caught.value))}",
+        *[f"hint: {caught.value.hint}"] * bool(caught.value.hint),
+    ]
 
 
 # --- the header, against the library --------------------------------------------------------------------------------
