@@ -12,6 +12,7 @@ neither), which then stays in cache. Checked against kernels.reference, rtol 1e-
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,9 +137,16 @@ class TorchFallback(Reference):
                 stop = min(start + slice_rows, unit_stop)
                 slice_bytes = torch.from_numpy(stored[start:stop].copy())
                 x = slice_bytes.view(dtype).to(self.device).to(torch.float64)
-                finite = x.isfinite()
-                good_row.append(finite.all(1))
-                good_col[-1] &= finite.all(0)
+                largest = float(x.abs().max()) if x.numel() else 0.0
+                good_row.append(torch.ones(stop - start, dtype=torch.bool, device=self.device))
+                if not math.isfinite(largest):
+                    # max() hands on NaN and infinity, so only a slice that holds one pays for looking at each element.
+                    finite = x.isfinite()
+                    good_row[-1] = finite.all(1)
+                    good_col[-1] &= finite.all(0)
+                    nonfinite += int(finite.logical_not().sum())
+                    largest = float(x.abs().where(finite, 0.0).max())
+                abs_max = max(abs_max, largest)
                 row.append(_moments(x, 1))
                 col[-1].add(x)
                 centre = row[-1][0]
@@ -149,9 +157,6 @@ class TorchFallback(Reference):
                     weighted_col[-1].add(x * gain[start:stop])
                 if chunk.cross:
                     cross[-1] += (x * centre[:, None]).sum(0)
-                if x.numel():
-                    nonfinite += int(finite.logical_not().sum())
-                    abs_max = max(abs_max, float(x.abs().where(finite, 0.0).max()))
 
         # A gain may itself be non-finite; then what it took part in is NaN too.
         def joined(pairs: list[tuple[torch.Tensor, torch.Tensor]], weighted: bool) -> Moments:
