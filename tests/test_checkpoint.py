@@ -344,7 +344,7 @@ def _(folder: Path) -> None:
 @broken("names without number or end", "no attention weights", "closest names")
 def _(folder: Path) -> None:
     alphabet = [chr(code) for code in range(0x4E00, 0x9E00)]
-    names = {"".join(alphabet[i : i + 20]) * 50 + f".{'x' * i}.w": entry("U8", [0], 0, 0) for i in range(4000)}
+    names = {"".join(alphabet[i : i + 40]) * 5 + f".x{alphabet[i]}.w": entry("U8", [0], 0, 0) for i in range(20_000)}
     (folder / "model.safetensors").write_bytes(framed(names))
 
 

@@ -46,7 +46,7 @@ _CLOSEST = 6
 _LEFT_OUT = {DRAFT: "multi-token prediction, not a decoder layer", LINEAR: "linear attention"}
 _DRAFT_NAME = re.compile(r"(^|\.)mtp")
 _OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|vit|sam|clip|siglip|image|audio|speech)[^.]*\.")
-_MOST_NAMES, _LONGEST_NAME, _LONGEST_PART = 20_000, 200, 40
+_MOST_NAMES, _LONGEST_NAME = 1000, 80
 
 
 class _Found(NamedTuple):
