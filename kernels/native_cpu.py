@@ -1,13 +1,14 @@
 """The C++ kernel: what a scan on the CPU runs. Imports neither NumPy nor torch.
 
 One pass over the stored bytes with SIMD chosen at run time and the GIL released; kernels/native/kernel.hpp has the
-arithmetic. LLMFP_SIMD=avx512|avx2|neon|scalar forces a level; all give the same bits. Checked against kernels.reference.
+arithmetic. LLMFP_SIMD=avx512|avx2|neon|scalar forces a level; all give the same bits. Checked against the reference.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+
 from llmfp.errors import BackendError
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
@@ -42,20 +43,18 @@ class NativeCpu:
         return {}
 
     def marginals(self, chunk: Chunk) -> Marginals:
-        row_mean, row_m2, col_mean, col_m2, weighted_mean, weighted_m2, cross, abs_max, nonfinite = (
-            _native.marginals(
-                self._simd(),
-                chunk.data,
-                chunk.dtype,
-                chunk.rows,
-                chunk.cols,
-                chunk.offset_bytes,
-                chunk.row_stride_bytes,
-                chunk.unit_rows,
-                chunk.col_weight,
-                chunk.row_weight,
-                chunk.cross,
-            )
+        row_mean, row_m2, col_mean, col_m2, weighted_mean, weighted_m2, cross, abs_max, nonfinite = _native.marginals(
+            self._simd(),
+            chunk.data,
+            chunk.dtype,
+            chunk.rows,
+            chunk.cols,
+            chunk.offset_bytes,
+            chunk.row_stride_bytes,
+            chunk.unit_rows,
+            chunk.col_weight,
+            chunk.row_weight,
+            chunk.cross,
         )
         units, rest = divmod(chunk.rows, chunk.unit_rows)
         weighted = None

@@ -207,14 +207,14 @@ def test_non_finite_values_null_the_std_with_a_caveat_and_nothing_else(tensors: 
 def test_an_interrupt_stops_the_workers_and_comes_through(checkpoint: Path) -> None:
     seen: list[Any] = []
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(_done: int, _total: int) -> None:
         raise KeyboardInterrupt
 
     class Slow(type(load("reference"))):  # type: ignore[misc]
         """Holds every chunk until the main thread has been interrupted."""
 
         def marginals(self, chunk: Any) -> Any:
-            seen.append(chunk)
+            seen.extend([chunk] if chunk.rows > 1 else [])  # not the gains
             stopping.wait_until_stopped()
             return super().marginals(chunk)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -103,7 +104,7 @@ def test_splitting_at_units_and_merging_changes_no_bit(name: str, seed: int, cut
     gain = rng.uniform(0.5, 2, 37).astype(np.float32).tobytes()
     chunk = chunk_of(rng.normal(0, 0.02, (rows, 37)), "F32", col_weight=gain, cross=True)
     edges = [0, *(32 * cut for cut in sorted(cuts)), rows]
-    parts = [backend.marginals(part(chunk, a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [backend.marginals(part(chunk, a, b)) for a, b in itertools.pairwise(edges)]
     whole = backend.merge([backend.marginals(chunk)])
     assert raw(backend.merge(parts)) == raw(whole)
     grown = backend.merge(parts[:1])
