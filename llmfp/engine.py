@@ -171,6 +171,9 @@ class _Scan:
                 measured = self._measure(bias, self._read_whole(bias))
                 with self.lock:
                     self._enter(measured)
+        if self.stop:
+            first.done.set()
+            return
         try:
             data, position = self.reader.read(step)
             parts = [

@@ -24,11 +24,13 @@ from llmfp.architecture.families import families
 from llmfp.checkpoint import Checkpoint, Shard, TensorSpec, open_checkpoint
 from llmfp.errors import ArchitectureError, EncodingError
 from llmfp.kernels import Backend
+from llmfp.report.terminal import fingerprint_table
 from tests.checkpoints import BACKEND, LAYOUTS, Model, Stored, as_bf16, bf16, build, write_model
 
 PROFILE_TOLERANCE = 2.0**-8
 """Profiles are float16 logarithms of magnitude below 4: half a step is 2^-10, the sum of squares adds some."""
 ROLES = ("q", "k", "v", "o")
+SHOWN = (*ROLES, "q_a", "q_b", "kv_a", "kv_b", "kv", "o_a", "o_b")
 CENTRED = {family for family, layouts in LAYOUTS.items() if layouts[0].norm == "layer"}
 
 
@@ -347,6 +349,15 @@ def test_a_bias_that_does_not_fit_or_is_not_finite_is_said(case: str, tmp_path: 
     assert any(first in caveat and "does not fit" in caveat for caveat in fingerprint.caveats)
     assert "q_bias of layer 1 holds 1 non-finite values; its std is null" in fingerprint.caveats
     assert None not in fingerprint.std["q"]
+
+
+@pytest.mark.parametrize("case", ["deepseek", "deepseek, V2-Lite", "deepseek_v4"])
+def test_latent_factors_fit_the_terminal(case: str, tmp_path: Path) -> None:
+    """Beside O, in place of K and V that do not exist."""
+    table = fingerprint_table(scan(build(case).write(tmp_path))).splitlines()
+    assert table[2].split()[2::2] == [role.upper() for role in SHOWN if role in LAYOUTS[case][0].factors]
+    assert max(map(len, table[:5])) <= 80
+    assert "None" not in table[0]
 
 
 @pytest.mark.parametrize("case", ["llama", "deepseek", "deepseek_v4", "bloom", "mbart"])

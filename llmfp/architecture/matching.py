@@ -371,7 +371,12 @@ def _closest(names: Iterable[str]) -> str:
 
     @cache
     def likeness(part: str) -> float:
-        return max(difflib.SequenceMatcher(None, part, want).ratio() for want in wanted)
+        best, matcher = 0.0, difflib.SequenceMatcher(None, b=part)
+        for want in wanted:
+            matcher.set_seq1(want)
+            if matcher.real_quick_ratio() > best and matcher.quick_ratio() > best:  # bounds that cost less
+                best = max(best, matcher.ratio())
+        return best
 
     patterns = dict.fromkeys(pattern(name)[-_LONGEST_NAME:] for name in names)
     scored = sorted((-max(map(likeness, each.split(".")[-3:])), each) for each in islice(patterns, _MOST_NAMES))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from llmfp.architecture.specs import ROLES
+from llmfp.architecture.specs import ROLES, Role
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.plan import Plan
 from llmfp.report import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_BAR_WIDTH = 8
+_BAR_WIDTH, _NARROW_BAR_WIDTH = 8, 4
 
 
 def fingerprint_table(fingerprint: Fingerprint) -> str:
@@ -65,7 +65,8 @@ def size(nbytes: int) -> str:
 
 def _headline(fingerprint: Fingerprint) -> str:
     main = fingerprint.main
-    heads = "heads unknown" if main.heads is None else f"{main.heads} heads of {main.head_dim}, {main.kv_heads} kv"
+    heads = "heads unknown" if main.heads is None else f"{main.heads} heads of {main.head_dim}"
+    heads += "" if main.kv_heads is None else f", {main.kv_heads} kv"
     return (
         f"{fingerprint.source['name']}: {fingerprint.architecture}, {len(main.layers)} layers, "
         f"hidden {main.hidden_size}, {heads}"
@@ -73,29 +74,32 @@ def _headline(fingerprint: Fingerprint) -> str:
 
 
 def _tower_rows(name: str, tower: TowerFingerprint, *, titled: bool) -> list[str]:
-    columns = {role.value: tower.std[role.value] for role in ROLES}
+    """σ of the roles that the tower has: Q, K, V, O, or, with narrower bars, the factors of latent attention."""
+    stds = tower.std | {role: both["std"] for role, both in tower.roles.items() if role in map(str, Role)}
+    columns = {role: column for role, column in stds.items() if any(tower.statistics[role])}
     largest = {role: max((s for s in column if s is not None), default=0.0) for role, column in columns.items()}
-    cell = 9 + 1 + _BAR_WIDTH
+    width = _BAR_WIDTH if len(columns) <= len(ROLES) else _NARROW_BAR_WIDTH
+    cell = 9 + 1 + width
     lines = [f"{name} tower"] if titled else []
-    lines.append("layer" + "".join(f"{'σ ' + role.upper():>9} {'':{_BAR_WIDTH}}" for role in columns).rstrip())
+    lines.append("layer" + "".join(f"{'σ ' + role.upper():>9} {'':{width}}" for role in columns).rstrip())
     for row, layer in enumerate(tower.layers):
-        cells = [_cell(columns[role][row], largest[role]) for role in columns]
+        cells = [_cell(columns[role][row], largest[role], width) for role in columns]
         lines.append(f"{layer:>5}" + "".join(f"{text:<{cell}}" for text in cells).rstrip())
     return lines
 
 
-def _cell(std: float | None, largest: float) -> str:
+def _cell(std: float | None, largest: float, width: int) -> str:
     if std is None:
         return f"{'-':>9}"
     number = f"{std:>9.6f}" if std == 0 or 1e-3 <= std < 100 else f"{std:>9.2e}"
-    return f"{number} {_bar(std / largest if largest else 0.0)}"
+    return f"{number} {_bar(std / largest if largest else 0.0, width)}"
 
 
-def _bar(share: float) -> str:
+def _bar(share: float, width: int) -> str:
     """A horizontal bar; plain characters where the terminal has no Unicode."""
     if not (sys.stdout.encoding or "").lower().startswith("utf"):
-        return "#" * round(share * _BAR_WIDTH)
-    full, part = divmod(round(share * _BAR_WIDTH * 8), 8)
+        return "#" * round(share * width)
+    full, part = divmod(round(share * width * 8), 8)
     return (_EIGHTHS[8] * full + _EIGHTHS[part]).rstrip()
 
 
