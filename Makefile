@@ -31,6 +31,7 @@ clean: ## remove what these targets made
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable '.[dev]'
+	$(BIN)/python -m compileall -q llmfp kernels
 	touch $@
 
 .venv/bench: .venv/installed

@@ -276,9 +276,10 @@ class _Scan:
             statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
             with self.lock:
                 self._statistics[key] = statistics
-                if statistics.nonfinite:
+                if not math.isfinite(statistics.std):
+                    held = f"{statistics.nonfinite} non-finite values" if statistics.nonfinite else "too large values"
                     self._caveats[
-                        f"tensor {task.tensor.name!r} holds {statistics.nonfinite} non-finite values; "
+                        f"tensor {task.tensor.name!r} holds {held}; "
                         f"the std of {projection.role} in layer {projection.layer} is null"
                     ] = None
             self._ledger.enter(key, marginals)

@@ -204,6 +204,15 @@ def test_non_finite_values_null_the_std_with_a_caveat_and_nothing_else(tensors: 
     assert None not in fingerprint.std["q"]
 
 
+def test_values_whose_squares_overflow_null_the_std_with_a_caveat(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(32, 32))
+    names = [f"model.layers.0.self_attn.{role}_proj.weight" for role in "qkvo"]
+    fingerprint = scan(write_model(tmp_path, {names[0]: x * 1e200} | dict.fromkeys(names[1:], x)))
+    assert fingerprint.std["q"] == [None]
+    assert fingerprint.std["k"] == [pytest.approx(x.std())]
+    assert any(names[0] in caveat and "too large" in caveat for caveat in fingerprint.caveats)
+
+
 def test_an_interrupt_stops_the_workers_and_comes_through(checkpoint: Path) -> None:
     seen: list[Any] = []
 
