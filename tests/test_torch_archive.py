@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import llmfp
 from llmfp.__main__ import main
-from llmfp.checkpoint import TensorSpec, open_checkpoint, tensor_pickle
+from llmfp.checkpoint import TensorSpec, open_checkpoint, stored_zip, tensor_pickle, torch_archive
 from llmfp.checkpoint.torch_archive import read_header
 from llmfp.errors import CheckpointError, EncodingError
 from tests.checkpoints import BACKEND, build, stored
@@ -662,6 +662,16 @@ def test_a_pickle_cannot_buy_time_or_memory(bomb: str, path: Path) -> None:
 def test_a_pickle_of_too_many_opcodes_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_pickle, "MAX_OPCODES", 1000)
     assert "more than 1000 opcodes" in refusal(path, archive_of(b"\x80\x02" + b"N" * 1000 + b"."))
+
+
+def test_too_many_tensors_or_members_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = archive_of(pickled({"a": tensor(), "b": tensor()}))
+    monkeypatch.setattr(torch_archive, "_MAX_TENSORS", 1)
+    assert "more than 1 tensors" in refusal(path, content)
+    monkeypatch.setattr(stored_zip, "_MAX_MEMBERS", 3)
+    assert "a directory of 4 members" in refusal(path, content)
+    monkeypatch.setattr(stored_zip, "_MAX_DIRECTORY_BYTES", 100)
+    assert "is over the limit" in refusal(path, archive([member("m/x", b"", extra=b"\2\0\x3c\0" + bytes(60))]))
 
 
 def test_a_pickle_over_the_limit_is_refused_unread(path: Path) -> None:
