@@ -263,10 +263,8 @@ class _Scan:
         """Keeps vectors' statistics; the caller holds the lock."""
         self._statistics.update(measured)
         for (_, layer, role), statistics in measured.items():
-            if statistics.nonfinite:
-                self._caveats[
-                    f"{role} of layer {layer} holds {statistics.nonfinite} non-finite values; its std is null"
-                ] = None
+            if not math.isfinite(statistics.std):
+                self._caveats[f"{role} of layer {layer} holds {_unusable(statistics)}; its std is null"] = None
 
     def _finish(self, number: int, merged: Sequence[Marginals], second: Sequence[Marginals] | None) -> None:
         """The task's statistics; its marginals go to the ledger of its layer."""
@@ -277,9 +275,8 @@ class _Scan:
             with self.lock:
                 self._statistics[key] = statistics
                 if not math.isfinite(statistics.std):
-                    held = f"{statistics.nonfinite} non-finite values" if statistics.nonfinite else "too large values"
                     self._caveats[
-                        f"tensor {task.tensor.name!r} holds {held}; "
+                        f"tensor {task.tensor.name!r} holds {_unusable(statistics)}; "
                         f"the std of {projection.role} in layer {projection.layer} is null"
                     ] = None
             self._ledger.enter(key, marginals)
@@ -406,6 +403,11 @@ class _Ledger:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
+
+
+def _unusable(statistics: Statistics) -> str:
+    """What a tensor holds that leaves it without a finite std."""
+    return f"{statistics.nonfinite} non-finite values" if statistics.nonfinite else "too large values"
 
 
 def _doubles(data: Buffer) -> memoryview[float]:

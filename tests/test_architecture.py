@@ -349,6 +349,9 @@ def test_a_bias_that_does_not_fit_or_is_not_finite_is_said(case: str, tmp_path: 
     assert any(first in caveat and "does not fit" in caveat for caveat in fingerprint.caveats)
     assert "q_bias of layer 1 holds 1 non-finite values; its std is null" in fingerprint.caveats
     assert None not in fingerprint.std["q"]
+    model.tensors[second] = np.where(np.arange(broken.size) % 2, 1e300, -1e300)
+    fingerprint = scan(model.write(tmp_path))
+    assert "q_bias of layer 1 holds too large values; its std is null" in fingerprint.caveats
 
 
 @pytest.mark.parametrize("case", ["deepseek", "deepseek, V2-Lite", "deepseek_v4"])
