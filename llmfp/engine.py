@@ -101,6 +101,7 @@ class _Scan:
         self._passes = {key: _Pass(backend, count) for key, count in steps.items()}
         self._order = self._positions(plan.steps)
         self._gains: dict[NormGain, Buffer | None] = {}
+        self._gain_lock = threading.Lock()
         self._caveats: dict[str, None] = {}
         self._statistics: dict[tuple[str, int, str], Statistics] = {}
         self._vectors: dict[TensorSpec, list[tuple[str, Vector]]] = {}
@@ -220,17 +221,19 @@ class _Scan:
     def _load_gain(self, gain: NormGain) -> None:
         """The effective gain as float32, read once, before the weights it belongs to (whose buffer it would take);
         None, with a caveat, when it is not finite."""
-        with self.lock:
+        with self._gain_lock:
             if gain in self._gains:
                 return
             spec = gain.tensor
             stored = self._read_whole(spec)
-            self._enter(self._measure(spec, stored))
-            values = decode_gain(stored, spec.dtype, gain.offset)
-            finite = all(map(math.isfinite, values))
-            self._gains[gain] = memoryview(values).cast("B") if finite else None
-            if not finite:
-                self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
+            measured = self._measure(spec, stored)
+            finite = not any(statistics.nonfinite for statistics in measured.values())
+            values = decode_gain(stored, spec.dtype, gain.offset) if finite else None
+            with self.lock:
+                self._enter(measured)
+                if values is None:
+                    self._caveats[f"norm gain {spec.name!r} holds non-finite values; taken as 1"] = None
+            self._gains[gain] = None if values is None else memoryview(values).cast("B")
 
     def _measure(self, spec: TensorSpec, stored: bytes) -> dict[tuple[str, int, str], Statistics]:
         """σ and mean of each vector in a small tensor, by the kernel that reduces the weights."""

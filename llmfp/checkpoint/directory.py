@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llmfp.checkpoint import safetensors_file, strict_json, torch_archive
+from llmfp.checkpoint import safetensors_file, strict_json
 from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
 from llmfp.errors import CheckpointError
 
@@ -48,7 +48,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors: dict[str, TensorSpec] = {}
     caveats: list[str] = []
     for number, file in enumerate(files):
-        shard, specs = (torch_archive if file.suffix in _TORCH else safetensors_file).read_header(file, number)
+        shard, specs = _read_header(file, number)
         shards.append(shard)
         for spec in specs:
             if spec.name in tensors:
@@ -59,6 +59,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
         name = TORCH_INDEX if files[0].suffix == ".bin" else INDEX
         caveats += _check_index(index, files, tensors, directory / name)
     return Checkpoint(path, tuple(shards), tensors, _read_config(directory), _revision(directory), tuple(caveats))
+
+
+def _read_header(file: Path, number: int) -> tuple[Shard, list[TensorSpec]]:
+    if file.suffix not in _TORCH:
+        return safetensors_file.read_header(file, number)
+    from llmfp.checkpoint import torch_archive  # 4 ms of import that most scans do not need
+
+    return torch_archive.read_header(file, number)
 
 
 def _weight_file(path: Path) -> Path:
