@@ -93,6 +93,7 @@ def _plan(
         threads=threads,
         min_threads=reader.min_threads,
         step_bytes=reader.step_bytes,
+        extra_bytes=reader.extra_bytes,
         memory_bytes=memory_bytes,
     )
 

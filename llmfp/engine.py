@@ -188,6 +188,8 @@ class _Scan:
         this = self._passes[step.task, step.second]
         if this.add(self._order[number], parts) and (step.second or not task.second_read):
             self._finish(step.task, first.merged, this.merged if step.second else None)
+            first.forget()
+            this.forget()
         with self.lock:
             self.bytes_done += step.nbytes
 
@@ -366,6 +368,11 @@ class _Pass:
             if self._left == 0:
                 self.done.set()
             return self._left == 0
+
+    def forget(self) -> None:
+        """Gives the statistics back once the task is finished: kept, they would grow with the number of layers."""
+        self.merged = []
+        self._means.clear()
 
     def column_means(self, projection: int) -> Buffer:
         """C times the mean of every (weighted) stored column, float32: under this weight a row's mean is its product

@@ -170,10 +170,12 @@ def make_plan(
     threads: int | None = None,
     min_threads: int = 1,
     step_bytes: int = 8 << 20,
+    extra_bytes: int = 0,
     memory_bytes: int = DEFAULT_MEMORY,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
+    extra_bytes: what a read may cost in resident memory beyond its own bytes.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
     tasks = _tasks(attention)
     for task in tasks:
@@ -187,15 +189,16 @@ def make_plan(
     fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks)
     costs = [_unit_cost(task, backend) for task in tasks]
     largest = max(range(len(tasks)), key=lambda i: costs[i])
-    threads = max(1, min(wanted, (memory_bytes - fixed) // costs[largest]))
-    if fixed + costs[largest] > memory_bytes:
+    threads = max(1, min(wanted, (memory_bytes - fixed) // (costs[largest] + extra_bytes)))
+    least = fixed + costs[largest] + extra_bytes
+    if least > memory_bytes:
         worst = tasks[largest].tensor
         raise PlanError(
             f"{checkpoint.shards[worst.shard].path}: tensor {worst.name!r} needs a memory budget of "
-            f"{_mebibytes(fixed + costs[largest])}, the budget is {_mebibytes(memory_bytes)}",
-            hint=f"raise --memory to {_mebibytes(fixed + costs[largest])} or more",
+            f"{_mebibytes(least)}, the budget is {_mebibytes(memory_bytes)}",
+            hint=f"raise --memory to {_mebibytes(least)} or more",
         )
-    share = (memory_bytes - fixed) // threads
+    share = (memory_bytes - fixed) // threads - extra_bytes
     steps: list[Step] = []
     for _, group in groupby(range(len(tasks)), key=lambda i: (tasks[i].tower, tasks[i].layer)):
         layer = list(group)
@@ -205,9 +208,8 @@ def make_plan(
                     units = max(1, min(share // costs[i], step_bytes // _unit_bytes(tasks[i])))
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
-    return Plan(
-        checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, fixed + threads * deepest
-    )  # fmt: skip
+    needed = fixed + threads * (deepest + extra_bytes)
+    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed)
 
 
 def parse_size(text: str) -> int:

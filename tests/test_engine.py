@@ -127,6 +127,36 @@ def test_memory_stays_under_the_budget_on_a_checkpoint_several_times_larger(tmp_
         assert scanned - planned <= budget + 6 * MEBIBYTE, reader
 
 
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
+    """Neither statistics of layers that are done may stay, nor pages mapped along with a layer's weights."""
+    above = {}
+    for layers in (8, 96):
+        path = write_model(tmp_path / str(layers), between_others(layers), CONFIG | {"num_attention_heads": 8})
+        read_into_the_page_cache(path / "model.safetensors")
+        scanned = peak_of("scan", str(path), "--memory", "24MiB", "--reader", "mmap")
+        above[layers] = scanned - peak_of("plan", str(path), "--memory", "24MiB")
+    assert above[96] - above[8] <= 4 * MEBIBYTE, above
+
+
+def between_others(layers: int) -> Tensors:
+    """Two MiB of attention weights a layer, each between six MiB that nobody reads."""
+    tensors = llama(layers, hidden=512, kv=512)
+    for layer in range(layers):
+        others = Stored("U8", (6 * MEBIBYTE,), bytes(6 * MEBIBYTE))
+        tensors[f"model.layers.{layer}.mlp.down_proj.weight"] = others
+    return dict(sorted(tensors.items()))
+
+
+def read_into_the_page_cache(path: Path) -> None:
+    """Reading ahead fills the cache with large folios, which writing need not."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(8 * MEBIBYTE):
+            pass
+
+
 def peak_of(*arguments: str) -> int:
     """Peak resident bytes of one command in a process of its own, as the kernel counted them."""
     program = (

@@ -19,20 +19,26 @@
 
 namespace pages {
 
-// madvise(2) on the pages that hold `nbytes` at `offset` of a buffer, without the GIL; 0 or errno.
-inline int advise(const Py_buffer& buffer, Py_ssize_t offset, Py_ssize_t nbytes, int advice) {
+// madvise(2) on all that `grain`-sized, aligned pieces of memory hold of `nbytes` at `offset` of a buffer that is a
+// whole mapping, without the GIL; 0 or errno.
+inline int advise(const Py_buffer& buffer, Py_ssize_t offset, Py_ssize_t nbytes, int advice, uintptr_t grain) {
 #ifdef __linux__
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t start = reinterpret_cast<uintptr_t>(buffer.buf) + static_cast<uintptr_t>(offset);
-    const uintptr_t first = start / page * page;
-    const uintptr_t stop = (start + static_cast<uintptr_t>(nbytes) + page - 1) / page * page;
+    grain = grain > page ? grain : page;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.buf);
+    const uintptr_t end = (begin + static_cast<uintptr_t>(buffer.len) + page - 1) / page * page;
+    const uintptr_t start = begin + static_cast<uintptr_t>(offset);
+    uintptr_t first = start / grain * grain;
+    uintptr_t stop = (start + static_cast<uintptr_t>(nbytes) + grain - 1) / grain * grain;
+    first = first > begin ? first : begin;
+    stop = stop < end ? stop : end;
     int result;
     Py_BEGIN_ALLOW_THREADS
     result = madvise(reinterpret_cast<void*>(first), stop - first, advice) == 0 ? 0 : errno;
     Py_END_ALLOW_THREADS
     return result;
 #else
-    (void)buffer, (void)offset, (void)nbytes, (void)advice;
+    (void)buffer, (void)offset, (void)nbytes, (void)advice, (void)grain;
     return ENOSYS;
 #endif
 }
@@ -53,7 +59,7 @@ inline PyObject* populate(PyObject*, PyObject* args) {
     if (!parse(args, buffer, offset, nbytes)) return nullptr;
     int error = 0;
 #ifdef __linux__
-    error = advise(buffer, offset, nbytes, MADV_POPULATE_READ);
+    error = advise(buffer, offset, nbytes, MADV_POPULATE_READ, 0);
 #endif
     PyBuffer_Release(&buffer);
     if (error == EFAULT || error == EIO || error == EHWPOISON) {
@@ -63,13 +69,17 @@ inline PyObject* populate(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
-// release(buffer, offset, nbytes): unmaps the pages from this process; they stay in the page cache.
+// Linux may map up to this much around a page at once, where the page cache holds a file in large folios.
+constexpr uintptr_t kMappedAtOnce = 2 << 20;
+
+// release(buffer, offset, nbytes): unmaps the pages from this process, with whatever was mapped along with them; they
+// stay in the page cache. Neighbours that another thread is still reading come back by themselves.
 inline PyObject* release(PyObject*, PyObject* args) {
     Py_buffer buffer;
     Py_ssize_t offset, nbytes;
     if (!parse(args, buffer, offset, nbytes)) return nullptr;
 #ifdef __linux__
-    advise(buffer, offset, nbytes, MADV_DONTNEED);
+    advise(buffer, offset, nbytes, MADV_DONTNEED, kMappedAtOnce);
 #endif
     PyBuffer_Release(&buffer);
     Py_RETURN_NONE;

@@ -28,6 +28,8 @@ class Reader(Protocol):
     name: str
     step_bytes: int
     """Aimed size of one read."""
+    extra_bytes: int
+    """Resident bytes that one read can cost beyond its own."""
     min_threads: int
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
 

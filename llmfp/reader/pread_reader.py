@@ -21,6 +21,7 @@ class PreadReader:
 
     name = "pread"
     step_bytes = 2 << 20
+    extra_bytes = 0
     min_threads = 4
 
     def __init__(self, shards: Sequence[Shard]) -> None:
