@@ -19,7 +19,8 @@ import safetensors
 from numpy.typing import NDArray
 
 import llmfp
-from llmfp.architecture import AttentionMap, match
+from llmfp import fingerprint as fingerprints
+from llmfp.architecture import AttentionMap, Tower, match
 from llmfp.architecture.families import families
 from llmfp.checkpoint import Checkpoint, Shard, TensorSpec, open_checkpoint
 from llmfp.errors import ArchitectureError, EncodingError
@@ -36,6 +37,12 @@ CENTRED = {family for family, layouts in LAYOUTS.items() if layouts[0].norm == "
 
 def scan(source: Path) -> llmfp.Fingerprint:
     return llmfp.scan(source, backend=BACKEND)
+
+
+def main_of(attention: AttentionMap) -> Tower:
+    """The tower that a fingerprint shows at its top level."""
+    towers = {tower.name: tower for tower in attention.towers}
+    return towers[fingerprints.main_tower(towers)]
 
 
 def check_numbers(fingerprint: llmfp.Fingerprint, model: Model, *, heads: bool = True) -> None:
@@ -222,7 +229,7 @@ def test_an_encoder_alone_is_the_top_level(tmp_path: Path) -> None:
 def test_layer_norm_flags_follow_the_norm(family: str, tmp_path: Path) -> None:
     """A LayerNorm hides the mean of the stream from what reads it; behind a post-norm only the write loses its mean."""
     layout = LAYOUTS[family][0]
-    for projection in match(open_checkpoint(build(family).write(tmp_path))).main.projections:
+    for projection in main_of(match(open_checkpoint(build(family).write(tmp_path)))).projections:
         reads = projection.role != "o"
         assert projection.centred == (layout.norm == "layer" and not (layout.post and reads))
         assert (projection.gain is not None) == bool(layout.before if reads else layout.after)
@@ -687,9 +694,9 @@ def test_real_names_are_matched_whole(listing: str, shared_data: Path) -> None:
     attention = match(checkpoint_of(names, shapes, config))
     assert attention.family == family
     assert [tower.name for tower in attention.towers] == ["decoder"]
-    assert attention.main.layers == tuple(layers)
+    assert main_of(attention).layers == tuple(layers)
     assert projection_names(attention) == {f"{block.format(n)}.{end}.weight" for n in layers for end in ends}
-    for tensor in {vector.view.tensor.name for vector in attention.main.vectors}:
+    for tensor in {vector.view.tensor.name for vector in main_of(attention).vectors}:
         assert tensor.startswith(block.split("{}")[0])
         assert tensor.endswith((".query_key_value.bias", "layernorm.weight", "ln_attn.weight"))
     assert not [name for name in attention.skipped if "expert" in name and "never" not in attention.skipped[name]]

@@ -161,9 +161,3 @@ class AttentionMap:
     towers: tuple[Tower, ...]
     skipped: Mapping[str, str]
     caveats: tuple[str, ...]
-
-    @property
-    def main(self) -> Tower:
-        """The language decoder, else the only encoder."""
-        by_name = {tower.name: tower for tower in self.towers}
-        return by_name.get("decoder") or by_name.get("encoder") or self.towers[0]
