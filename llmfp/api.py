@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def scan(
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
+    planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
@@ -33,6 +35,7 @@ def scan(
     reader        auto, mmap or pread; changes no bit of the result
     threads       as many as there are cores when None; changes no bit of the result
     memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
+    planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
     Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
@@ -44,6 +47,8 @@ def scan(
     checkpoint, attention, chosen, opened = _open(path, backend, reader)
     try:
         plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+        if planned is not None:
+            planned(plan_)
         result = engine.run(plan_, chosen, opened, progress)
     finally:
         opened.close()

@@ -13,6 +13,7 @@ from llmfp import api
 from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import SUFFIX, is_fingerprint
+from llmfp.plan import Plan
 from llmfp.report import printable, terminal
 
 
@@ -30,10 +31,9 @@ def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **read
     """
     if out is not None:
         _check_writable(out)
-    if verbose and not is_fingerprint(source):
-        click.echo(terminal.plan_line(api.plan(source, **reading)), err=True)
+    planned = _say_plan if verbose else None
     with ProgressBar() as bar:
-        fingerprint = api.scan(source, progress=bar, **reading)
+        fingerprint = api.scan(source, planned=planned, progress=bar, **reading)
     if out is not None:
         fingerprint.save(out)
     if as_json:
@@ -42,6 +42,10 @@ def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **read
     click.echo(terminal.fingerprint_table(fingerprint))
     if out is not None:
         click.echo(f"kept in {printable(str(out))} ({out.stat().st_size:,} bytes)")
+
+
+def _say_plan(plan: Plan) -> None:
+    click.echo(terminal.plan_line(plan), err=True)
 
 
 def _check_writable(out: Path) -> None:
