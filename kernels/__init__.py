@@ -28,6 +28,8 @@ class Backend(Protocol):
     """Resident bytes that importing this back end's libraries costs; counted against the memory budget."""
     scratch_per_element: int
     """Bytes of temporary memory `marginals` needs per element of one unit."""
+    scratch_per_code: int
+    """The same, on top of it, where elements are decoded or an adapter adds to them."""
     guards_mapped_pages: bool
     """Whether `marginals` survives (OSError) a mapped file that shrinks under it; otherwise chunks are copied first."""
 

@@ -25,6 +25,7 @@ class NativeCpu:
     dtypes = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"})
     library_bytes = 1 << 20
     scratch_per_element = 2
+    scratch_per_code = 0
     guards_mapped_pages = True
 
     def __init__(self) -> None:

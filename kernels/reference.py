@@ -7,11 +7,13 @@ Merging: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.errors import EncodingError
+from llmfp.kernels import codes
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
 Float64 = NDArray[np.float64]
@@ -20,18 +22,34 @@ _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.u
 _STORED |= {"F8_E4M3": np.uint8, "F8_E5M2": np.uint8}
 
 
-def _fp8_table(dtype: str) -> Float64:
-    """All 256 values of an 8-bit float (OCP OFP8 v1.0): e5m2 is half a float16; e4m3 has bias 7, NaN only at 0x7f."""
-    code = np.arange(256)
-    if dtype == "F8_E5M2":
-        return (code << 8).astype(np.uint16).view(np.float16).astype(np.float64)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    value = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
-    return np.where(code & 127 == 127, np.nan, np.where(code >= 128, -value, value))
-
-
 def decode(chunk: Chunk) -> Float64:
     """The chunk's elements as float64 [rows, cols]. Raises EncodingError for a dtype outside the six."""
+    stored = _stored(chunk) if chunk.coding is None else codes.decode(chunk, chunk.coding)
+    if (low_rank := chunk.low_rank) is None:
+        return stored
+    left = np.frombuffer(low_rank.left, np.float32).reshape(-1, low_rank.rank).astype(np.float64)
+    right = np.frombuffer(low_rank.right, np.float32).reshape(low_rank.rank, -1).astype(np.float64)
+    rows, cols = (slice(n, n + count) for n, count in ((chunk.first_row, chunk.rows), (chunk.first_col, chunk.cols)))
+    return stored + left[rows] @ right[:, cols]
+
+
+def decoded(chunk: Chunk, dtype: str = "F64") -> Chunk:
+    """The same chunk for a back end that knows only plain dtypes: F64 or F32 where it is coded or adapted."""
+    if chunk.coding is None and chunk.low_rank is None:
+        return chunk
+    values = decode(chunk).astype(_STORED[dtype])
+    return replace(
+        chunk,
+        data=values.tobytes(),
+        dtype=dtype,
+        offset_bytes=0,
+        row_stride_bytes=values.strides[0],
+        coding=None,
+        low_rank=None,
+    )
+
+
+def _stored(chunk: Chunk) -> Float64:
     if chunk.dtype not in _STORED:
         raise EncodingError(f"dtype {chunk.dtype} is not supported by back end reference")
     stored = np.dtype(_STORED[chunk.dtype])
@@ -43,7 +61,7 @@ def decode(chunk: Chunk) -> Float64:
         strides=(chunk.row_stride_bytes, stored.itemsize),
     )
     if stored == np.uint8:
-        decoded: Float64 = _fp8_table(chunk.dtype)[bits]
+        decoded: Float64 = codes.fp8_table(chunk.dtype)[bits]
         return decoded
     with np.errstate(invalid="ignore"):  # signalling NaN
         if chunk.dtype == "BF16":
@@ -86,6 +104,7 @@ class Reference:
     dtypes = frozenset(_STORED)
     library_bytes = 24 << 20
     scratch_per_element = 48
+    scratch_per_code = 96
     guards_mapped_pages = False
 
     def why_unavailable(self) -> str | None:

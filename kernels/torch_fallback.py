@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmfp.errors import EncodingError
-from llmfp.kernels.reference import Reference
+from llmfp.kernels.reference import Reference, decoded
 from llmfp.marginals import Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class TorchFallback(Reference):
     dtypes = frozenset(_TORCH_NAMES)
     library_bytes = 200 << 20
     scratch_per_element = 4
+    scratch_per_code = 104
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -101,6 +102,7 @@ class TorchFallback(Reference):
     def marginals(self, chunk: Chunk) -> Marginals:
         import torch
 
+        chunk = decoded(chunk)
         if chunk.dtype not in _TORCH_NAMES:
             raise EncodingError(f"dtype {chunk.dtype} is not supported by back end {self.name}")
         dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chunk.dtype])

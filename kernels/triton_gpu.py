@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.errors import BackendError, EncodingError
-from llmfp.kernels.reference import Reference
+from llmfp.kernels.reference import Reference, decoded
 from llmfp.marginals import Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
@@ -207,6 +207,7 @@ class TritonGpu(Reference):
     dtypes = frozenset(ITEMSIZES)
     library_bytes = 300 << 20
     scratch_per_element = 10
+    scratch_per_code = 104
 
     def why_unavailable(self) -> str | None:
         for library in ("torch", "triton"):
@@ -252,7 +253,7 @@ class TritonGpu(Reference):
         merged folds each chunk's columns on the device, so that [1, C] instead of [U, C] come back: at a GPU's
         bandwidth the unmerged columns (3 % of the bytes of bf16) would take longer than the reduction.
         """
-        buffer, matrices = self._upload(chunks)
+        buffer, matrices = self._upload([decoded(chunk, "F32") for chunk in chunks])
         try:
             return self.reduce(matrices, merged)
         finally:

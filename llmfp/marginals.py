@@ -29,16 +29,80 @@ def unit_rows(cols: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Coding:
+    """How a quantised tensor's codes become numbers: element (i, j) is scale * (level(code) - zero) + shift.
+
+    packing  where the code of element (i, j) lies, counted from the start of the chunk's first row:
+             "row"       `bits` bits from bit j * bits of row i, least significant bit of a byte first
+             "row_high"  4 bits: byte j // 2 of row i, the high half first
+             "down"      `bits` bits from bit i * bits of column j, which runs down 32-bit words: word w of column j is
+                         at w * row_stride_bytes + 4 * j; 32 rows take `bits` words, the chunk starts at such 32 rows
+             "awq"       4 bits: word j // 8 of row i, places 0 4 1 5 2 6 3 7 from the least significant half byte up
+             "plane"     byte j of row i, `bits` bits from bit `place` up
+             or the name of a ggml block type, Q4_K for example, whose blocks follow each other along the row and hold
+             their own scales (the rest is then unused)
+    bits     1 to 8
+    place    see "plane"
+    levels   level of a code: "uint", itself; "int", two's complement; "offset", itself less 2^(bits - 1);
+             "F8_E4M3", "F8_E5M2", "E2M1" (OCP floats), "table": `table`[code]
+    table    float32[2^bits] for "table", at most 16 entries
+    scale    float32[scale_rows, scale_cols]
+    zero     the same shape, or None for 0
+    shift    the same shape, or None for 0
+    row_block, col_block   rows and columns of the tensor that share an entry of the scale: its indexes are
+             i // row_block % scale_rows and j // col_block; or, where row_group or col_group (int32, one per row or
+             column of the tensor, all below scale_rows or scale_cols) is given, row_group[i] and col_group[j];
+             or, where flat_block is not 0 (scale_rows is 1), the one index (i * tensor_cols + j) // flat_block
+    tensor_cols  columns of the whole tensor
+    """
+
+    packing: str
+    bits: int = 4
+    place: int = 0
+    levels: str = "uint"
+    table: Buffer | None = None
+    scale: Buffer | None = None
+    zero: Buffer | None = None
+    shift: Buffer | None = None
+    scale_rows: int = 1
+    scale_cols: int = 1
+    row_block: int = 1
+    col_block: int = 1
+    flat_block: int = 0
+    row_group: Buffer | None = None
+    col_group: Buffer | None = None
+    tensor_cols: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """What an adapter adds to a tensor: left @ right, of rank `rank`.
+
+    left   float32[rows of the tensor, rank]
+    right  float32[rank, columns of the tensor]
+    """
+
+    rank: int
+    left: Buffer
+    right: Buffer
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive whole units of one weight view, in stored orientation, and the buffer that holds them.
 
-    data              bytes-like; element (i, j) starts at byte offset_bytes + i * row_stride_bytes + j * itemsize
-    dtype             safetensors name of the stored dtype: BF16, F16, F32, F64, F8_E4M3, F8_E5M2
+    data              bytes-like; element (i, j) starts at byte offset_bytes + i * row_stride_bytes + j * itemsize;
+                      of coded elements, the row with element (0, 0) starts at offset_bytes
+    dtype             safetensors name of the stored dtype: BF16, F16, F32, F64, F8_E4M3, F8_E5M2; "" where `coding`
+                      says what the bytes mean
     rows, cols        stored rows in this chunk, stored columns of the view
     unit_rows         rows per unit; the last unit of the chunk may be shorter
     col_weight        float32[cols] or None: the norm gain when it runs along the stored columns
     row_weight        float32[rows] or None: the norm gain when it runs along the stored rows (Conv1D); never both
     cross             also return the inner products a LayerNorm model needs (see Marginals.cross)
+    coding            of quantised elements
+    low_rank          what is added to every element
+    first_row, first_col   where the chunk lies in its tensor: what `coding` and `low_rank` are indexed by
     """
 
     data: Buffer
@@ -51,6 +115,10 @@ class Chunk:
     col_weight: Buffer | None = None
     row_weight: Buffer | None = None
     cross: bool = False
+    coding: Coding | None = None
+    low_rank: LowRank | None = None
+    first_row: int = 0
+    first_col: int = 0
 
 
 @dataclass(frozen=True, slots=True)
