@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfp.marginals import Buffer, Chunk, Coding
+from llmfp.marginals import Chunk, Coding
 
 Float64 = NDArray[np.float64]
 
@@ -61,7 +61,7 @@ def _codes(chunk: Chunk, coding: Coding) -> NDArray[np.uint8]:
         return _numbers(run, chunk.rows, bits).T
     if coding.packing == "plane":
         stored = _rows(chunk, chunk.rows, stop)[:, chunk.first_col :]
-        return (stored >> coding.place) & ((1 << bits) - 1)
+        return stored >> np.uint8(coding.place) & np.uint8((1 << bits) - 1)
     if coding.packing == "awq":
         words = -(-stop // 8)
         run = np.unpackbits(_rows(chunk, chunk.rows, 4 * words), axis=1, bitorder="little")
@@ -69,7 +69,7 @@ def _codes(chunk: Chunk, coding: Coding) -> NDArray[np.uint8]:
         return places[..., AWQ_ORDER].reshape(chunk.rows, -1)[:, chunk.first_col : stop]
     stored = _rows(chunk, chunk.rows, -(-stop * bits // 8))
     if coding.packing == "row_high":
-        stored = (stored >> 4) | (stored << 4)
+        stored = stored >> np.uint8(4) | stored << np.uint8(4)
     run = np.unpackbits(stored, axis=1, bitorder="little")
     return _numbers(run, stop, bits)[:, chunk.first_col :]
 
@@ -105,12 +105,11 @@ def _entries(chunk: Chunk, coding: Coding) -> NDArray[np.intp]:
     if coding.flat_block:
         flat: NDArray[np.intp] = (i[:, None] * coding.tensor_cols + j) // coding.flat_block
         return flat
-    row = i // coding.row_block % coding.scale_rows
+    row, col = i // coding.row_block % coding.scale_rows, j // coding.col_block
     if coding.row_group is not None:
-        row = np.frombuffer(coding.row_group, np.int32)[i]
-    col = j // coding.col_block
+        row = np.frombuffer(coding.row_group, np.int32)[i].astype(np.intp)
     if coding.col_group is not None:
-        col = np.frombuffer(coding.col_group, np.int32)[j]
+        col = np.frombuffer(coding.col_group, np.int32)[j].astype(np.intp)
     return row[:, None] * coding.scale_cols + col
 
 

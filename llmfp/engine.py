@@ -13,14 +13,14 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
-from llmfp.encoding import decode_gain
+from llmfp.encoding import Encoding, decode_gain
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
-from llmfp.marginals import Buffer, Chunk, Marginals, Moments, unit_rows
+from llmfp.marginals import Buffer, Chunk, Coding, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
 
@@ -102,6 +102,9 @@ class _Scan:
         self._order = self._positions(plan.steps)
         self._gains: dict[NormGain, Buffer | None] = {}
         self._gain_lock = threading.Lock()
+        self._codings: dict[TensorSpec, Coding] = {}
+        self._coding_lock = threading.Lock()
+        self._coded = Counter(task.tensor for task in plan.tasks if task.tensor.encoding is not None)
         self._caveats: dict[str, None] = {}
         self._statistics: dict[tuple[str, int, str], Statistics] = {}
         self._vectors: dict[TensorSpec, list[tuple[str, Vector]]] = {}
@@ -175,10 +178,13 @@ class _Scan:
         if self.stop:
             first.done.set()
             return
+        coding = None
+        if task.tensor.encoding is not None:
+            coding = self._coding(task.tensor, task.tensor.encoding)
         try:
             data, position = self.reader.read(step)
             parts = [
-                self.backend.marginals(self._chunk(task, projection, step, data, position, first))
+                self.backend.marginals(self._chunk(task, projection, step, data, position, first, coding))
                 for projection in task.projections
             ]
             del data
@@ -190,14 +196,30 @@ class _Scan:
             self._finish(step.task, first.merged, this.merged if step.second else None)
             first.forget()
             this.forget()
+            if coding is not None:
+                self._forget_coding(task.tensor)
         with self.lock:
             self.bytes_done += step.nbytes
 
     def _chunk(
-        self, task: Task, projection: Projection, step: Step, data: Buffer, position: int, first: _Pass
+        self,
+        task: Task,
+        projection: Projection,
+        step: Step,
+        data: Buffer,
+        position: int,
+        first: _Pass,
+        coding: Coding | None,
     ) -> Chunk:
         """The step's rows of one projection, as the kernel sees them."""
-        view, itemsize = projection.view, task.tensor.itemsize
+        view, encoding = projection.view, task.tensor.encoding
+        first_row = task.first_row + step.group * task.group_rows + step.row
+        if coding is None or encoding is None:
+            itemsize = task.tensor.itemsize
+            dtype, offset, stride = task.tensor.dtype, (view.start - task.first) * itemsize, task.row_stride * itemsize
+        else:
+            dtype, offset, stride = "", 0, encoding.row_bytes
+            coding = replace(coding, place=encoding.place(task.tensor.shape[0], first_row))
         col_weight = row_weight = None
         if step.second:
             col_weight = first.column_means(task.projections.index(projection))
@@ -209,16 +231,35 @@ class _Scan:
                 col_weight = gain
         return Chunk(
             data=data,
-            dtype=task.tensor.dtype,
+            dtype=dtype,
             rows=step.rows,
             cols=view.cols,
-            offset_bytes=position + (view.start - task.first) * itemsize,
-            row_stride_bytes=task.row_stride * itemsize,
+            offset_bytes=position + offset,
+            row_stride_bytes=stride,
             unit_rows=task.unit_rows,
             col_weight=col_weight,
             row_weight=row_weight,
             cross=projection.centred and not projection.residual_is_stored_rows,
+            coding=coding,
+            first_row=first_row,
+            first_col=view.start % task.row_stride,
         )
+
+    def _coding(self, tensor: TensorSpec, encoding: Encoding) -> Coding:
+        """A quantised tensor's Coding, made of its scales, which are read once, before its codes."""
+        with self._coding_lock:
+            if tensor not in self._codings:
+                self._codings[tensor] = encoding.prepare(
+                    {name: self._read_whole(part) for name, part in encoding.parts}
+                )
+            return self._codings[tensor]
+
+    def _forget_coding(self, tensor: TensorSpec) -> None:
+        """Gives a tensor's scales back with its last task."""
+        with self._coding_lock:
+            self._coded[tensor] -= 1
+            if self._coded[tensor] == 0:
+                del self._codings[tensor]
 
     def _load_gain(self, gain: NormGain) -> None:
         """The effective gain as float32, read once, before the weights it belongs to (whose buffer it would take);

@@ -18,6 +18,7 @@ from typing import Any
 from llmfp.architecture import AttentionMap, NormGain, Projection
 from llmfp.architecture.matching import pattern
 from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.encoding import Encoding
 from llmfp.errors import EncodingError, PlanError
 from llmfp.kernels import Backend
 from llmfp.marginals import unit_rows
@@ -25,6 +26,8 @@ from llmfp.marginals import unit_rows
 DEFAULT_MEMORY = 512 << 20
 FIXED_BYTES = 6 << 20
 """Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
+NUMPY_BYTES = 24 << 20
+"""What importing NumPy costs, which makes the scales of quantised tensors ready."""
 MAX_THREADS = 32
 
 
@@ -48,6 +51,16 @@ class Task:
     unit_rows: int
     second_read: bool
     biases: tuple[TensorSpec, ...] = ()
+
+    @property
+    def first_row(self) -> int:
+        """The tensor's row that the first group begins with."""
+        return self.first // self.row_stride
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of the tensor from one group to the next."""
+        return self.group_stride // self.row_stride
 
     @property
     def layer(self) -> int:
@@ -97,6 +110,11 @@ class Plan:
         return sum(bias.nbytes for task in self.tasks for bias in task.biases)
 
     @property
+    def scale_bytes(self) -> int:
+        """Scales, zeros and the like of quantised tensors."""
+        return sum(part.nbytes for _, encoding in _encoded(self.tasks) for _, part in encoding.parts)
+
+    @property
     def header_bytes(self) -> int:
         return sum(shard.header_bytes for shard in self.checkpoint.shards)
 
@@ -110,8 +128,8 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes the scan reads: headers, gains, biases, weights, and the declared second read."""
-        return self.header_bytes + self.gain_bytes + self.bias_bytes + self.step_bytes
+        """All bytes the scan reads: headers, gains, biases, scales, weights, and the declared second read."""
+        return self.header_bytes + self.gain_bytes + self.bias_bytes + self.scale_bytes + self.step_bytes
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -140,6 +158,7 @@ class Plan:
                     "roles": [str(p.role) for p in task.projections],
                     "tensor": task.tensor.name,
                     "dtype": task.tensor.dtype,
+                    "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
                     "file": shards[task.tensor.shard].path.name,
                     "bytes": sum(p.view.nbytes for p in task.projections),
                     "read_twice": task.second_read,
@@ -150,6 +169,7 @@ class Plan:
             "attention_bytes": self.attention_bytes,
             "gain_bytes": self.gain_bytes,
             "bias_bytes": self.bias_bytes,
+            "scale_bytes": self.scale_bytes,
             "header_bytes": self.header_bytes,
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
@@ -179,7 +199,7 @@ def make_plan(
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
     tasks = _tasks(attention)
     for task in tasks:
-        if task.tensor.dtype not in backend.dtypes:
+        if task.tensor.encoding is None and task.tensor.dtype not in backend.dtypes:
             raise EncodingError(
                 f"{checkpoint.shards[task.tensor.shard].path}: tensor {task.tensor.name!r} is {task.tensor.dtype}, "
                 f"which back end {backend.name} does not read",
@@ -269,30 +289,55 @@ def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, 
 
 
 def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
-    rows_per_step, itemsize = units * task.unit_rows, task.tensor.itemsize
+    rows_per_step, tensor = units * task.unit_rows, task.tensor
     for group in range(task.groups):
-        for row in range(0, task.rows, rows_per_step):
-            rows = min(rows_per_step, task.rows - row)
-            start = task.first + group * task.group_stride + row * task.row_stride
-            nbytes = ((rows - 1) * task.row_stride + task.span) * itemsize
-            yield Step(
-                number, group, row, rows, task.tensor.shard, task.tensor.offset_bytes + start * itemsize, nbytes, second
-            )
+        for first, count in _runs(task, group):
+            for row in range(first, first + count, rows_per_step):
+                rows = min(rows_per_step, first + count - row)
+                start, nbytes = _extent(task, group, row, rows)
+                yield Step(number, group, row, rows, tensor.shard, tensor.offset_bytes + start, nbytes, second)
+
+
+def _runs(task: Task, group: int) -> list[tuple[int, int]]:
+    """Rows of a group that lie one after the other: first, count. All of them, but for codes in planes."""
+    if (encoding := task.tensor.encoding) is None:
+        return [(0, task.rows)]
+    above = task.first_row + group * task.group_rows
+    return [(first - above, count) for first, count in encoding.runs(task.tensor.shape[0], above, task.rows)]
+
+
+def _extent(task: Task, group: int, row: int, rows: int) -> tuple[int, int]:
+    """Where in the tensor rows of a group lie, and how many bytes they are; of codes, whole stored rows."""
+    if (encoding := task.tensor.encoding) is not None:
+        return encoding.extent(task.tensor.shape[0], task.first_row + group * task.group_rows + row, rows)
+    start = task.first + group * task.group_stride + row * task.row_stride
+    return start * task.tensor.itemsize, ((rows - 1) * task.row_stride + task.span) * task.tensor.itemsize
+
+
+def _encoded(tasks: Iterable[Task]) -> list[tuple[TensorSpec, Encoding]]:
+    """The quantised tensors, each once."""
+    tensors = dict.fromkeys(task.tensor for task in tasks)
+    return [(tensor, tensor.encoding) for tensor in tensors if tensor.encoding is not None]
 
 
 def _unit_bytes(task: Task) -> int:
-    return min(task.unit_rows, task.rows) * task.row_stride * task.tensor.itemsize
+    rows = min(task.unit_rows, task.rows)
+    if (encoding := task.tensor.encoding) is not None:
+        return encoding.extent(task.tensor.shape[0], 0, rows)[1]
+    return rows * task.row_stride * task.tensor.itemsize
 
 
 def _unit_cost(task: Task, backend: Backend) -> int:
     """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice."""
     rows = min(task.unit_rows, task.rows)
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
-    return _unit_bytes(task) + rows * task.row_stride * backend.scratch_per_element + 2 * results
+    scratch = backend.scratch_per_element + (backend.scratch_per_code if task.tensor.encoding is not None else 0)
+    return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results
 
 
 def _kept_bytes(tasks: Sequence[Task]) -> int:
-    """Memory that outlives a step: gains, the fingerprint itself, and the statistics of layers not yet closed."""
+    """Memory that outlives a step: gains, the fingerprint itself, and the statistics and scales of layers not yet
+    closed."""
     gains = sum(4 * gain.tensor.shape[0] for gain in {gain for task in tasks for gain in task.gains})
     fingerprint = layer_bytes = 0
     by_layer: Counter[tuple[str, int]] = Counter()
@@ -300,8 +345,11 @@ def _kept_bytes(tasks: Sequence[Task]) -> int:
         for p in task.projections:
             fingerprint += 1024 + 2 * (p.residual_size or 0) + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
             by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.cols)
+        if task.tensor.encoding is not None:
+            by_layer[task.tower, task.layer] += task.tensor.encoding.kept_bytes
+    prepared = any(encoding.parts for _, encoding in _encoded(tasks))
     layer_bytes = 2 * max(by_layer.values())
-    return gains + fingerprint + layer_bytes
+    return gains + fingerprint + layer_bytes + (NUMPY_BYTES if prepared else 0)
 
 
 def _available_cores() -> int:

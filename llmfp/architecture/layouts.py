@@ -27,7 +27,7 @@ def lay_views(
     for role in Role:
         if role in parts:
             rows, cols = parts[role].shape
-            views[role] = WeightView(parts[role], 1, rows, cols, 0, rows * cols, cols, names.transposed)
+            views[role] = WeightView(parts[role], 1, rows, cols, 0, rows * cols, cols, _in_out(parts[role], names))
     if FUSED in parts:
         views |= _split(checkpoint, parts[FUSED], views.get(Role.O), names, config)
     if names.gated and Role.Q in views:
@@ -79,7 +79,8 @@ def _split(
 ) -> dict[Role, WeightView]:
     """Q, K and V of one tensor: `groups` parts of equal size, each with its share of each, in the family's order."""
     rows, cols = spec.shape
-    outputs = cols if names.transposed else rows
+    in_out = _in_out(spec, names)
+    outputs = cols if in_out else rows
     where = named(checkpoint, spec)
     if o is None:
         raise ArchitectureError(f"{where} cannot be split without its layer's output projection")
@@ -90,10 +91,12 @@ def _split(
             "and equal keys and values"
         )
     groups = _groups(checkpoint, spec, names.fused, o.inputs, kv_outputs, config)
+    if in_out and groups > 1:
+        raise _interleaved(checkpoint, spec)
     views, first = {}, 0
     for letter in names.fused.order:
         size = (o.inputs if letter == Role.Q else kv_outputs) // groups
-        if names.transposed:
+        if in_out:
             views[Role(letter)] = WeightView(spec, 1, rows, size, first, rows * cols, cols, True)
         else:
             views[Role(letter)] = WeightView(
@@ -101,6 +104,18 @@ def _split(
             )  # fmt: skip
         first += size
     return views
+
+
+def _in_out(spec: TensorSpec, names: TowerNames) -> bool:
+    """Whether a tensor is stored [in, out]: quantisers have their own mind about that."""
+    return names.transposed if spec.encoding is None else spec.encoding.in_out
+
+
+def _interleaved(checkpoint: Checkpoint, spec: TensorSpec) -> ArchitectureError:
+    return ArchitectureError(
+        f"{named(checkpoint, spec)} interleaves its heads along its stored columns, which is not supported",
+        hint="scan the unquantised checkpoint",
+    )
 
 
 def _groups(
@@ -135,6 +150,8 @@ def _without_gate(checkpoint: Checkpoint, q: WeightView, o: WeightView | None, c
         )
     if q.outputs != 2 * o.inputs:
         return q
+    if q.transposed:
+        raise _interleaved(checkpoint, q.tensor)
     size = _head_size(checkpoint, q.tensor, o.inputs, config)
     return WeightView(q.tensor, o.inputs // size, size, q.cols, 0, 2 * size * q.cols, q.cols, False)
 

@@ -33,15 +33,10 @@ from llmfp.architecture.heads import count_heads, head_sizes
 from llmfp.architecture.layouts import FUSED, lay_bias, lay_views, named
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.errors import ArchitectureError, EncodingError, LlmfpError
+from llmfp.encoding import encoded, weight_name
+from llmfp.errors import ArchitectureError
 
-_SCALES = (
-    "weight_scale", "weight_scale_inv", "weight_scale_2", "scale", "scales", "scale_weight", "qscale_weight", "SCB",
-    "weight.absmax",
-)  # fmt: skip
-_PACKED = {"qweight": "GPTQ or AWQ", "weight_packed": "compressed-tensors", "W_q": "HQQ", "trellis": "EXL3"}
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_FLOATS_8BIT = ("F8_E4M3", "F8_E5M2")
 _CLOSEST = 6
 _LEFT_OUT = {DRAFT: "multi-token prediction, not a decoder layer", LINEAR: "linear attention"}
 _DRAFT_NAME = re.compile(r"(^|\.)mtp")
@@ -75,6 +70,13 @@ def match(checkpoint: Checkpoint) -> AttentionMap:
         towers.append(_tower(checkpoint, name, family.towers[name].as_configured(config), in_tower, config, caveats))
     used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
     used |= {vector.view.tensor.name for tower in towers for vector in tower.vectors}
+    used |= {
+        part.name
+        for tower in towers
+        for projection in tower.projections
+        if (encoding := projection.view.tensor.encoding) is not None
+        for _, part in encoding.parts
+    }
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
     skipped |= {
         each.spec.name: left_out[each.block, each.layer]
@@ -88,7 +90,7 @@ def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
     """Every slot of every family that a stored name fills."""
     table, result = slots(), []
     for spec in specs:
-        name = spec.name.removeprefix("module.")
+        name = weight_name(spec.name).removeprefix("module.")
         if "_orig_mod" in name:
             name = name.replace("_orig_mod.", "")
         parts = name.split(".")
@@ -181,7 +183,7 @@ def _tower(
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
             if part in PARTS:
-                _check_readable(checkpoint, parts[part])
+                parts[part] = _matrix(checkpoint, parts[part])
         if views := lay_views(checkpoint, parts, names, config):
             layers[layer] = views
     caveats += _role_caveats(checkpoint, name, names, layers)
@@ -255,34 +257,15 @@ def _bias_vectors(
     return vectors
 
 
-def _check_readable(checkpoint: Checkpoint, spec: TensorSpec) -> None:
+def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
+    """The projection a tensor stands for, be it quantised or not."""
+    spec = encoded(checkpoint, stored)
     where = named(checkpoint, spec)
     if len(spec.shape) != 2:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)}; an attention projection has two dimensions")
     if 0 in spec.shape:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)} and so no elements")
-    module = spec.name.removesuffix("weight")
-    scale = next((module + suffix for suffix in _SCALES if module + suffix in checkpoint.tensors), None)
-    if scale is not None:
-        raise EncodingError(
-            f"{where} is quantised (its scales are in {scale!r}), which is not supported yet",
-            hint="scan the unquantised checkpoint",
-        )
-    if spec.dtype in _FLOATS_8BIT and "quantization_config" in checkpoint.config:
-        raise EncodingError(
-            f"{where} is {spec.dtype} and quantised, says config.json, but its scales were not found",
-            hint="scan the unquantised checkpoint",
-        )
-    if " " in spec.dtype:  # torch_archive: "F32 with strides [1, 8]"
-        raise EncodingError(
-            f"{where} is stored as {spec.dtype}, which is not supported",
-            hint="make the tensors .contiguous() and save the model again, as safetensors",
-        )
-    if spec.dtype not in (*_FLOATS, *_FLOATS_8BIT):
-        raise EncodingError(
-            f"{where} is stored as {spec.dtype}, which is not supported yet",
-            hint=f"supported are {', '.join((*_FLOATS, *_FLOATS_8BIT))}; scan the unquantised checkpoint",
-        )
+    return spec
 
 
 def _gain(
@@ -346,18 +329,13 @@ def _why_skipped(name: str) -> str:
     return "not attention"
 
 
-def _unrecognised(checkpoint: Checkpoint) -> LlmfpError:
+def _unrecognised(checkpoint: Checkpoint) -> ArchitectureError:
     """Why no family matched, as far as the names tell."""
     for name, spec in checkpoint.tensors.items():
         if ".lora_A." in name:
             return ArchitectureError(
                 f"{named(checkpoint, spec)} belongs to a LoRA adapter, which is not a model",
                 hint="adapters are not supported yet; scan the base model, or the adapter merged into it",
-            )
-        if method := _PACKED.get(name.rpartition(".")[2]):
-            return EncodingError(
-                f"{named(checkpoint, spec)} is quantised ({method}), which is not supported yet",
-                hint="scan the unquantised checkpoint",
             )
     return ArchitectureError(
         f"{checkpoint.path}: no attention weights recognised{_closest(checkpoint.tensors)}",

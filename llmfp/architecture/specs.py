@@ -65,7 +65,8 @@ class WeightView:
     @property
     def nbytes(self) -> int:
         """Bytes of the view's own elements."""
-        return self.groups * self.rows * self.cols * self.tensor.itemsize
+        rows, cols = self.tensor.shape
+        return self.groups * self.rows * self.cols * self.tensor.nbytes // (rows * cols)
 
     @property
     def outputs(self) -> int:

@@ -6,9 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfp.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from llmfp.encoding import Encoding
 
 ITEM_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -20,7 +23,10 @@ ITEM_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One stored tensor: `nbytes` at absolute `offset_bytes` of shard number `shard`."""
+    """One stored tensor: `nbytes` at absolute `offset_bytes` of shard number `shard`.
+
+    encoding: of the codes of a quantised matrix, whose own shape `shape` then is (see llmfp.encoding).
+    """
 
     name: str
     dtype: str
@@ -28,6 +34,7 @@ class TensorSpec:
     shard: int
     offset_bytes: int
     nbytes: int
+    encoding: Encoding | None = None
 
     @property
     def itemsize(self) -> int:

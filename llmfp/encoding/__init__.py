@@ -1,23 +1,87 @@
-"""Stored bytes → numbers, for the few small tensors that are read outside a kernel."""
+"""How stored bytes become numbers: plain floats, and every quantised format that is read without being unpacked first.
+
+A quantised projection lies in several tensors: its codes, and *siblings* below the same module with scales, zeros and
+the like. `encoded` finds them, checks them against each other and against the config, and gives the codes back as a
+`TensorSpec` of the matrix they stand for, in stored orientation, with an `Encoding`. Nothing here reads a weight byte.
+One module per format; a new one is a module and its line in one of the two tables.
+"""
 
 from __future__ import annotations
 
-import struct
-from array import array
+import importlib
 
-_STRUCT = {"F16": "e", "F32": "f", "F64": "d"}
+from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.checkpoint.specs import ITEM_BITS
+from llmfp.encoding.floats import decode_gain
+from llmfp.encoding.specs import Encoding, Siblings, refusal, settings
+
+FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+"""Dtypes whose stored values are the weights."""
+
+_CODES = {
+    "qweight": "gptq", "weight_packed": "compressed", "W_q": "hqq", "weight_blocks": "mxfp4",
+    "q_weight": "refused", "trellis": "refused", "_data": "refused", "qdata": "refused",
+}  # fmt: skip
+"""Last component of a name that holds codes under another name than the weight's → the module that knows it."""
+
+_SIBLINGS = {
+    "weight.absmax": "bitsandbytes", "SCB": "bitsandbytes", "biases": "mlx", "scales": "mlx",
+    "weight_scale_2": "nvfp4", "weight_scale_inv": "scaled", "weight_scale": "scaled", "qscale_weight": "scaled",
+    "scale_weight": "scaled", "weight_scales": "refused",
+}  # fmt: skip
+"""What lies beside a `weight` that holds codes → the module that knows it; the first that is there decides."""
 
 
-def decode_gain(stored: bytes, dtype: str, offset: float) -> array[float]:
-    """A norm's effective gain, offset + stored value, as float32[n].
+def weight_name(name: str) -> str:
+    """The name that the weight had before it was quantised: `q_proj.qweight` → `q_proj.weight`."""
+    module, _, last = name.rpartition(".")
+    return f"{module}.weight" if last in _CODES else name
 
-    dtype: BF16, F16, F32 or F64. Without NumPy: a gain has a few thousand elements, importing NumPy costs 70 ms.
+
+def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
+    """The matrix that a tensor stands for: the tensor itself, or one of logical shape with an `Encoding`.
+
+    Raises EncodingError, naming file, tensor and field, for formats that are not supported and for siblings that are
+    missing or do not fit.
     """
-    if dtype == "BF16":
-        widened = bytearray(2 * len(stored))
-        widened[2::4], widened[3::4] = stored[0::2], stored[1::2]
-        values = array("f", bytes(widened))
-    else:
-        item = struct.calcsize(_STRUCT[dtype])
-        values = array("f", struct.unpack(f"<{len(stored) // item}{_STRUCT[dtype]}", stored))
-    return array("f", (offset + value for value in values)) if offset else values
+    module, _, last = spec.name.rpartition(".")
+    method = _CODES.get(last)
+    if method is None:
+        method = next((m for field, m in _SIBLINGS.items() if f"{module}.{field}" in checkpoint.tensors), None)
+    if method is None:
+        return _unquantised(checkpoint, spec)
+    encode = importlib.import_module(f"llmfp.encoding.{method}").encode
+    result: TensorSpec = encode(checkpoint, spec, Siblings(checkpoint, spec))
+    return result
+
+
+def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
+    if spec.dtype in FLOATS:
+        if spec.dtype.startswith("F8") and (method := settings(checkpoint).get("quant_method")):
+            raise refusal(
+                checkpoint,
+                spec,
+                f"is {spec.dtype} and quantised ({str(method)[:40]}), says config.json, but its scales are missing",
+                "fetch the files again; scales are stored beside the weights",
+            )
+        return spec
+    if " " in spec.dtype:  # torch_archive: "F32 with strides [1, 8]"
+        raise refusal(
+            checkpoint,
+            spec,
+            f"is stored as {spec.dtype}, which is not supported",
+            "make the tensors .contiguous() and save the model again, as safetensors",
+        )
+    if spec.dtype in ITEM_BITS:
+        raise refusal(
+            checkpoint,
+            spec,
+            f"is stored as {spec.dtype}, and no tensor beside it says how its values are made of that",
+            f"plain weights are {', '.join(FLOATS)}; README.md lists the quantised formats",
+        )
+    from llmfp.encoding import blocks  # only GGUF files have other types
+
+    return blocks.encode(checkpoint, spec)
+
+
+__all__ = ["FLOATS", "Encoding", "decode_gain", "encoded", "weight_name"]

@@ -1,14 +1,19 @@
-"""The noun of this package: how a quantised tensor is stored."""
+"""The noun of this package, how a quantised tensor is stored, and what every format needs to find that out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from llmfp.checkpoint import TensorSpec
+from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.errors import EncodingError
 from llmfp.marginals import Coding
 
 Parts = tuple[tuple[str, TensorSpec], ...]
+
+SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0", "F8_E4M3", "U8")
+"""What scales are stored as; U8 is E8M0, an exponent: 2^(byte - 127), 255 is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +64,62 @@ class Encoding:
 
     def _plane_rows(self, rows: int) -> int:
         return rows * self.bits // 8
+
+
+def kept_bytes(parts: Iterable[tuple[str, TensorSpec]], entries: int) -> int:
+    """Memory for the parts as stored, `entries` float32 in all the Coding's arrays, and what making them takes."""
+    return sum(spec.nbytes for _, spec in parts) + 20 * entries
+
+
+class Siblings:
+    """The tensors below the same module as a quantised one, by the rest of their names."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: TensorSpec) -> None:
+        self._checkpoint, self._spec = checkpoint, spec
+        self._module = spec.name.rpartition(".")[0]
+
+    def find(self, field: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None) -> TensorSpec | None:
+        """The sibling of that name, if there is one. Raises EncodingError where its dtype or shape is another."""
+        found = self._checkpoint.tensors.get(f"{self._module}.{field}")
+        if found is None:
+            return None
+        if found.dtype not in dtypes:
+            raise refusal(
+                self._checkpoint, found, f"is {found.dtype}, not {' or '.join(sorted(dtypes))}", "fetch the file again"
+            )
+        if shape is not None and found.shape != shape:
+            raise refusal(
+                self._checkpoint,
+                found,
+                f"has shape {list(found.shape)}; {self._spec.name!r} of {list(self._spec.shape)} needs {list(shape)}",
+                "do config.json and the weights belong together?",
+            )
+        return found
+
+    def need(self, field: str, dtypes: Collection[str], shape: tuple[int, ...] | None = None) -> TensorSpec:
+        """The same, of one that has to be there."""
+        found = self.find(field, dtypes, shape)
+        if found is None:
+            raise refusal(
+                self._checkpoint,
+                self._spec,
+                f"is quantised, and {self._module}.{field} is missing",
+                "fetch the files again",
+            )
+        return found
+
+
+def refusal(checkpoint: Checkpoint, spec: TensorSpec, why: str, hint: str) -> EncodingError:
+    """The error that says of one tensor what is wrong with it."""
+    return EncodingError(f"{checkpoint.shards[spec.shard].path}: tensor {spec.name!r} {why}", hint=hint)
+
+
+def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What config.json says about quantisation, of the whole model or of its language model; empty where nothing."""
+    config = checkpoint.config
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            for key in ("quantization_config", "compression_config", "quantization"):
+                if isinstance(found := place.get(key), dict):
+                    return found
+    return {}
