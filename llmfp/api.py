@@ -13,6 +13,7 @@ from llmfp import __version__, engine
 from llmfp import fingerprint as fingerprints
 from llmfp.architecture import AttentionMap, match
 from llmfp.checkpoint import Checkpoint, open_checkpoint
+from llmfp.checkpoint.adapter import is_adapter, open_adapted
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.kernels import Backend, select
 from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
@@ -22,6 +23,7 @@ from llmfp.reader import Reader, open_reader
 def scan(
     source: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     reader: str = "auto",
     threads: int | None = None,
@@ -31,6 +33,7 @@ def scan(
 ) -> Fingerprint:
     """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
 
+    base          the model below `source`, which is an adapter: the result is that of the two merged
     backend       auto, native_cpu, torch_fallback, triton_gpu or reference
     reader        auto, mmap or pread; changes no bit of the result
     threads       as many as there are cores when None; changes no bit of the result
@@ -44,7 +47,7 @@ def scan(
     if fingerprints.is_fingerprint(path):
         return fingerprints.load(path)
     start = time.perf_counter()
-    checkpoint, attention, chosen, opened = _open(path, backend, reader)
+    checkpoint, attention, chosen, opened = _open(path, base, backend, reader)
     try:
         plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
         if planned is not None:
@@ -58,13 +61,14 @@ def scan(
 def plan(
     source: str | os.PathLike[str],
     *,
+    base: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
-    checkpoint, attention, chosen, opened = _open(Path(source), backend, reader, probe=False)
+    checkpoint, attention, chosen, opened = _open(Path(source), base, backend, reader, probe=False)
     opened.close()
     return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
 
@@ -75,9 +79,12 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
 
 
 def _open(
-    path: Path, backend: str, reader: str, *, probe: bool = True
+    path: Path, base: str | os.PathLike[str] | None, backend: str, reader: str, *, probe: bool = True
 ) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
-    checkpoint = open_checkpoint(path)
+    if base is not None or is_adapter(path):
+        checkpoint = open_adapted(path, None if base is None else Path(base))
+    else:
+        checkpoint = open_checkpoint(path)
     attention = match(checkpoint)
     chosen = select(backend)
     return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen, probe=probe)
@@ -146,6 +153,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     """Provenance. Names only: a path would tell strangers about the machine."""
     return {
         "name": checkpoint.path.absolute().name,
+        "base": None if checkpoint.base is None else checkpoint.base.absolute().name,
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
         "files": [

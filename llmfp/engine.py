@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
-from llmfp.encoding import Encoding, decode_gain
+from llmfp.encoding import decode_gain
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
-from llmfp.marginals import Buffer, Chunk, Coding, Marginals, Moments, unit_rows
+from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
 
@@ -102,9 +102,9 @@ class _Scan:
         self._order = self._positions(plan.steps)
         self._gains: dict[NormGain, Buffer | None] = {}
         self._gain_lock = threading.Lock()
-        self._codings: dict[TensorSpec, Coding] = {}
-        self._coding_lock = threading.Lock()
-        self._coded = Counter(task.tensor for task in plan.tasks if task.tensor.encoding is not None)
+        self._decoders: dict[TensorSpec, _Decoder] = {}
+        self._decoder_lock = threading.Lock()
+        self._tasks_left = Counter(task.tensor for task in plan.tasks)
         self._caveats: dict[str, None] = {}
         self._statistics: dict[tuple[str, int, str], Statistics] = {}
         self._vectors: dict[TensorSpec, list[tuple[str, Vector]]] = {}
@@ -178,13 +178,11 @@ class _Scan:
         if self.stop:
             first.done.set()
             return
-        coding = None
-        if task.tensor.encoding is not None:
-            coding = self._coding(task.tensor, task.tensor.encoding)
+        decoder = self._decoder(task)
         try:
             data, position = self.reader.read(step)
             parts = [
-                self.backend.marginals(self._chunk(task, projection, step, data, position, first, coding))
+                self.backend.marginals(self._chunk(task, projection, step, data, position, first, decoder))
                 for projection in task.projections
             ]
             del data
@@ -196,8 +194,7 @@ class _Scan:
             self._finish(step.task, first.merged, this.merged if step.second else None)
             first.forget()
             this.forget()
-            if coding is not None:
-                self._forget_coding(task.tensor)
+            self._forget_decoder(task.tensor)
         with self.lock:
             self.bytes_done += step.nbytes
 
@@ -209,10 +206,10 @@ class _Scan:
         data: Buffer,
         position: int,
         first: _Pass,
-        coding: Coding | None,
+        decoder: _Decoder,
     ) -> Chunk:
         """The step's rows of one projection, as the kernel sees them."""
-        view, encoding = projection.view, task.tensor.encoding
+        view, encoding, coding = projection.view, task.tensor.encoding, decoder.coding
         first_row = task.first_row + step.group * task.group_rows + step.row
         if coding is None or encoding is None:
             itemsize = task.tensor.itemsize
@@ -241,25 +238,32 @@ class _Scan:
             row_weight=row_weight,
             cross=projection.centred and not projection.residual_is_stored_rows,
             coding=coding,
+            low_rank=decoder.low_rank,
             first_row=first_row,
             first_col=view.start % task.row_stride,
         )
 
-    def _coding(self, tensor: TensorSpec, encoding: Encoding) -> Coding:
-        """A quantised tensor's Coding, made of its scales, which are read once, before its codes."""
-        with self._coding_lock:
-            if tensor not in self._codings:
-                self._codings[tensor] = encoding.prepare(
-                    {name: self._read_whole(part) for name, part in encoding.parts}
-                )
-            return self._codings[tensor]
+    def _decoder(self, task: Task) -> _Decoder:
+        """What a tensor's bytes need to become numbers: read once, before its first task, and kept until its last."""
+        encoding, lora = task.tensor.encoding, task.tensor.lora
+        with self._decoder_lock:
+            if task.tensor not in self._decoders:
+                coding = low_rank = None
+                if encoding is not None:
+                    coding = encoding.prepare({field: self._read_whole(part) for field, part in encoding.parts})
+                if lora is not None:
+                    from llmfp.encoding.low_rank import low_rank as of_factors  # imports NumPy
 
-    def _forget_coding(self, tensor: TensorSpec) -> None:
-        """Gives a tensor's scales back with its last task."""
-        with self._coding_lock:
-            self._coded[tensor] -= 1
-            if self._coded[tensor] == 0:
-                del self._codings[tensor]
+                    factors = self._read_whole(lora.a), self._read_whole(lora.b)
+                    low_rank = of_factors(lora, *factors, in_out=task.projections[0].view.transposed)
+                self._decoders[task.tensor] = _Decoder(coding, low_rank)
+            return self._decoders[task.tensor]
+
+    def _forget_decoder(self, tensor: TensorSpec) -> None:
+        with self._decoder_lock:
+            self._tasks_left[tensor] -= 1
+            if self._tasks_left[tensor] == 0:
+                del self._decoders[tensor]
 
     def _load_gain(self, gain: NormGain) -> None:
         """The effective gain as float32, read once, before the weights it belongs to (whose buffer it would take);
@@ -379,6 +383,14 @@ class _Scan:
             f"{path}: tensor {spec.name!r} could not be read: {error.strerror or error}",
             hint="was the file replaced or truncated while it was read?",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoder:
+    """What makes numbers of a tensor's bytes: how its codes are meant, what an adapter adds; None where neither."""
+
+    coding: Coding | None
+    low_rank: LowRank | None
 
 
 class _Pass:

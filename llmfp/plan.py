@@ -17,7 +17,7 @@ from typing import Any
 
 from llmfp.architecture import AttentionMap, NormGain, Projection
 from llmfp.architecture.matching import pattern
-from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.checkpoint import Checkpoint, LoraSpec, TensorSpec
 from llmfp.encoding import Encoding
 from llmfp.errors import EncodingError, PlanError
 from llmfp.kernels import Backend
@@ -115,6 +115,10 @@ class Plan:
         return sum(part.nbytes for _, encoding in _encoded(self.tasks) for _, part in encoding.parts)
 
     @property
+    def adapter_bytes(self) -> int:
+        return sum(lora.a.nbytes + lora.b.nbytes for lora in _loras(self.tasks))
+
+    @property
     def header_bytes(self) -> int:
         return sum(shard.header_bytes for shard in self.checkpoint.shards)
 
@@ -128,8 +132,9 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """All bytes the scan reads: headers, gains, biases, scales, weights, and the declared second read."""
-        return self.header_bytes + self.gain_bytes + self.bias_bytes + self.scale_bytes + self.step_bytes
+        """All bytes the scan reads: headers, gains, biases, scales, adapters, weights, and the declared second read."""
+        small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
+        return self.header_bytes + small + self.step_bytes
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -159,6 +164,7 @@ class Plan:
                     "tensor": task.tensor.name,
                     "dtype": task.tensor.dtype,
                     "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
+                    "adapter_rank": None if (lora := task.tensor.lora) is None else lora.a.shape[0],
                     "file": shards[task.tensor.shard].path.name,
                     "bytes": sum(p.view.nbytes for p in task.projections),
                     "read_twice": task.second_read,
@@ -170,6 +176,7 @@ class Plan:
             "gain_bytes": self.gain_bytes,
             "bias_bytes": self.bias_bytes,
             "scale_bytes": self.scale_bytes,
+            "adapter_bytes": self.adapter_bytes,
             "header_bytes": self.header_bytes,
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
@@ -320,6 +327,11 @@ def _encoded(tasks: Iterable[Task]) -> list[tuple[TensorSpec, Encoding]]:
     return [(tensor, tensor.encoding) for tensor in tensors if tensor.encoding is not None]
 
 
+def _loras(tasks: Iterable[Task]) -> list[LoraSpec]:
+    """What an adapter adds to the tensors, each once."""
+    return [tensor.lora for tensor in dict.fromkeys(task.tensor for task in tasks) if tensor.lora is not None]
+
+
 def _unit_bytes(task: Task) -> int:
     rows = min(task.unit_rows, task.rows)
     if (encoding := task.tensor.encoding) is not None:
@@ -331,7 +343,8 @@ def _unit_cost(task: Task, backend: Backend) -> int:
     """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice."""
     rows = min(task.unit_rows, task.rows)
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
-    scratch = backend.scratch_per_element + (backend.scratch_per_code if task.tensor.encoding is not None else 0)
+    decoded = task.tensor.encoding is not None or task.tensor.lora is not None
+    scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
     return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results
 
 
@@ -345,9 +358,11 @@ def _kept_bytes(tasks: Sequence[Task]) -> int:
         for p in task.projections:
             fingerprint += 1024 + 2 * (p.residual_size or 0) + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
             by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.cols)
-        if task.tensor.encoding is not None:
-            by_layer[task.tower, task.layer] += task.tensor.encoding.kept_bytes
-    prepared = any(encoding.parts for _, encoding in _encoded(tasks))
+        if (encoding := task.tensor.encoding) is not None:
+            by_layer[task.tower, task.layer] += encoding.kept_bytes
+        if (lora := task.tensor.lora) is not None:
+            by_layer[task.tower, task.layer] += 12 * lora.a.shape[0] * (lora.a.shape[1] + lora.b.shape[0])
+    prepared = any(encoding.parts for _, encoding in _encoded(tasks)) or any(_loras(tasks))
     layer_bytes = 2 * max(by_layer.values())
     return gains + fingerprint + layer_bytes + (NUMPY_BYTES if prepared else 0)
 

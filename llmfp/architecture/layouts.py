@@ -17,6 +17,7 @@ from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.errors import ArchitectureError
 
 FUSED = "qkv"
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def lay_views(
@@ -24,6 +25,9 @@ def lay_views(
 ) -> dict[Role, WeightView]:
     """One layer's projections. Raises ArchitectureError for tensors whose shapes do not belong together."""
     views = {}
+    for part in (*Role, FUSED):
+        if part in parts:
+            _check_lora(checkpoint, parts[part], names)
     for role in Role:
         if role in parts:
             rows, cols = parts[role].shape
@@ -109,6 +113,21 @@ def _split(
 def _in_out(spec: TensorSpec, names: TowerNames) -> bool:
     """Whether a tensor is stored [in, out]: quantisers have their own mind about that."""
     return names.transposed if spec.encoding is None else spec.encoding.in_out
+
+
+def _check_lora(checkpoint: Checkpoint, spec: TensorSpec, names: TowerNames) -> None:
+    """An adapter's factors are floats and make a matrix of the tensor's shape."""
+    if spec.lora is None:
+        return
+    a, b = spec.lora.a, spec.lora.b
+    outputs, inputs = reversed(spec.shape) if _in_out(spec, names) else spec.shape
+    for factor, size in ((a, a.shape[1] == inputs), (b, b.shape[0] == outputs)):
+        if not size or factor.dtype not in _FLOATS:
+            raise ArchitectureError(
+                f"{named(checkpoint, factor)} is {factor.dtype} {list(factor.shape)} and does not fit "
+                f"{spec.name!r}, {outputs} outputs of {inputs} inputs",
+                hint="is the base the model that the adapter was trained on?",
+            )
 
 
 def _interleaved(checkpoint: Checkpoint, spec: TensorSpec) -> ArchitectureError:

@@ -70,13 +70,9 @@ def match(checkpoint: Checkpoint) -> AttentionMap:
         towers.append(_tower(checkpoint, name, family.towers[name].as_configured(config), in_tower, config, caveats))
     used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
     used |= {vector.view.tensor.name for tower in towers for vector in tower.vectors}
-    used |= {
-        part.name
-        for tower in towers
-        for projection in tower.projections
-        if (encoding := projection.view.tensor.encoding) is not None
-        for _, part in encoding.parts
-    }
+    for tower in towers:
+        for projection in tower.projections:
+            used |= {part.name for part in _beside(projection.view.tensor)}
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
     skipped |= {
         each.spec.name: left_out[each.block, each.layer]
@@ -257,6 +253,12 @@ def _bias_vectors(
     return vectors
 
 
+def _beside(spec: TensorSpec) -> list[TensorSpec]:
+    """What has to be read along with a tensor: its scales and the like, an adapter's factors."""
+    parts = [part for _, part in spec.encoding.parts] if spec.encoding is not None else []
+    return [*parts, spec.lora.a, spec.lora.b] if spec.lora is not None else parts
+
+
 def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
     """The projection a tensor stands for, be it quantised or not."""
     spec = encoded(checkpoint, stored)
@@ -320,6 +322,8 @@ def _why_skipped(name: str) -> str:
         return "another tower than the language model's"
     if "linear_attn." in name:
         return _LEFT_OUT[LINEAR]
+    if ".lora_" in name:
+        return "adapts what is not read"
     if name.endswith("bias"):
         return "a bias"
     if "norm" in name or ".ln_" in name:
@@ -335,7 +339,7 @@ def _unrecognised(checkpoint: Checkpoint) -> ArchitectureError:
         if ".lora_A." in name:
             return ArchitectureError(
                 f"{named(checkpoint, spec)} belongs to a LoRA adapter, which is not a model",
-                hint="adapters are not supported yet; scan the base model, or the adapter merged into it",
+                hint="give the adapter's directory, and its base with --base",
             )
     return ArchitectureError(
         f"{checkpoint.path}: no attention weights recognised{_closest(checkpoint.tensors)}",

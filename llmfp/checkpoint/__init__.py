@@ -5,6 +5,6 @@ they are allocated, names before they become paths, and every contradiction is a
 """
 
 from llmfp.checkpoint.directory import open_checkpoint
-from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
+from llmfp.checkpoint.specs import Checkpoint, LoraSpec, Shard, TensorSpec
 
-__all__ = ["Checkpoint", "Shard", "TensorSpec", "open_checkpoint"]
+__all__ = ["Checkpoint", "LoraSpec", "Shard", "TensorSpec", "open_checkpoint"]

@@ -22,10 +22,20 @@ ITEM_BITS = {
 
 
 @dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """What an adapter adds to a matrix of [out, in]: scale · b @ a, of a [rank, in] and b [out, rank]."""
+
+    a: TensorSpec
+    b: TensorSpec
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One stored tensor: `nbytes` at absolute `offset_bytes` of shard number `shard`.
 
     encoding: of the codes of a quantised matrix, whose own shape `shape` then is (see llmfp.encoding).
+    lora: what an adapter adds to it.
     """
 
     name: str
@@ -35,6 +45,7 @@ class TensorSpec:
     offset_bytes: int
     nbytes: int
     encoding: Encoding | None = None
+    lora: LoraSpec | None = None
 
     @property
     def itemsize(self) -> int:
@@ -75,7 +86,10 @@ def sha256_of_hub_blob(path: Path) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's files. `config` is config.json or empty; `caveats` what a reader of the answer should know."""
+    """A model's files. `config` is config.json or empty; `caveats` what a reader of the answer should know.
+
+    base: the directory or file below an adapter, which `path` then is.
+    """
 
     path: Path
     shards: tuple[Shard, ...]
@@ -83,3 +97,4 @@ class Checkpoint:
     config: Mapping[str, Any]
     revision: str | None
     caveats: tuple[str, ...]
+    base: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from llmfp.errors import CheckpointError
@@ -11,6 +12,27 @@ from llmfp.errors import CheckpointError
 MAX_BYTES = 100_000_000
 _DENSE_FROM = 4 << 20
 _MAX_DIGITS = 300
+_LONGEST_QUOTE = 80
+
+
+def read_object(path: Path, limit: int, *, constants: bool = False) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises CheckpointError, as `parse_object` does."""
+    try:
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise CheckpointError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            text = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    if len(text) > limit:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes is over the limit of {limit}")
+    return parse_object(text, str(path), constants=constants)
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error may quote it."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[:_LONGEST_QUOTE]}…"
 
 
 def parse_object(text: bytes, what: str, *, constants: bool = False) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -29,9 +30,13 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stde
 
 
 def reading_options(command: Command) -> Command:
-    """How to read and reduce: back end, reader, threads, memory."""
+    """What to read and how: base, back end, reader, threads, memory."""
     for option in reversed(
         (
+            click.option(
+                "--base", type=click.Path(path_type=Path, readable=False),
+                help="The model below SOURCE, where that is an adapter (LoRA).",
+            ),
             click.option(
                 "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
                 help="What computes; llmfp-fast backends says which can run here.",
