@@ -24,6 +24,7 @@ def scan(
     source: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    tower: str | None = None,
     backend: str = "auto",
     reader: str = "auto",
     threads: int | None = None,
@@ -34,6 +35,7 @@ def scan(
     """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
 
     base          the model below `source`, which is an adapter: the result is that of the two merged
+    tower         decoder, encoder, cross or vision alone; the language model's towers when None
     backend       auto, native_cpu, torch_fallback, triton_gpu or reference
     reader        auto, mmap or pread; changes no bit of the result
     threads       as many as there are cores when None; changes no bit of the result
@@ -47,7 +49,7 @@ def scan(
     if fingerprints.is_fingerprint(path):
         return fingerprints.load(path)
     start = time.perf_counter()
-    checkpoint, attention, chosen, opened = _open(path, base, backend, reader)
+    checkpoint, attention, chosen, opened = _open(path, base, tower, backend, reader)
     try:
         plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
         if planned is not None:
@@ -62,13 +64,14 @@ def plan(
     source: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    tower: str | None = None,
     backend: str = "auto",
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
-    checkpoint, attention, chosen, opened = _open(Path(source), base, backend, reader, probe=False)
+    checkpoint, attention, chosen, opened = _open(Path(source), base, tower, backend, reader, probe=False)
     opened.close()
     return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
 
@@ -79,13 +82,19 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
 
 
 def _open(
-    path: Path, base: str | os.PathLike[str] | None, backend: str, reader: str, *, probe: bool = True
+    path: Path,
+    base: str | os.PathLike[str] | None,
+    tower: str | None,
+    backend: str,
+    reader: str,
+    *,
+    probe: bool = True,
 ) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
     if base is not None or is_adapter(path):
         checkpoint = open_adapted(path, None if base is None else Path(base))
     else:
         checkpoint = open_checkpoint(path)
-    attention = match(checkpoint)
+    attention = match(checkpoint, tower)
     chosen = select(backend)
     return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen, probe=probe)
 

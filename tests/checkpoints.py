@@ -564,6 +564,47 @@ LAYOUTS: dict[str, list[Layout]] = {
 }  # fmt: skip
 
 
+def _vision(family: str, model_type: str | None, block: str, names: Mapping[str, str], **rest: Any) -> list[Layout]:
+    stated = {} if model_type is None else {"model_type": model_type}
+    config = {**stated, "num_heads" if "qkv" in names else "num_attention_heads": "heads", "depth": "layers"}
+    return [Layout(family, config, block, **names, square=True, tower="vision", **rest)]
+
+
+_VIT_NAMES = {"qkv": "attn.qkv.weight", "o": "attn.proj.weight"}
+_CLIP_NAMES = {role: f"self_attn.{'out' if role == 'o' else role}_proj.weight" for role in "qkvo"}
+_NORM1 = {"norm": "layer", "before": "norm1.weight"}
+_INTERN = "vision_model.encoder.layers.{}"
+
+VISION_LAYOUTS: dict[str, list[Layout]] = {
+    "siglip": _vision(
+        "vision_siglip", "siglip_vision_model", "vision_tower.vision_model.encoder.layers.{}", _CLIP_NAMES,
+        norm="layer", before="layer_norm1.weight", biases={role: f"self_attn.{role}_proj.bias" for role in "qkv"},
+        extra=("layer_norm2.weight", "mlp.fc1.weight"),
+    ),
+    "pixtral": _vision(
+        "vision_pixtral", "pixtral", "vision_tower.transformer.layers.{}",
+        {role: f"attention.{role}_proj.weight" for role in "qkvo"}, before="attention_norm.weight",
+        extra=("ffn_norm.weight", "feed_forward.up_proj.weight"),
+    ),
+    "mllama": _vision(
+        "vision_mllama", "mllama_vision_model", "vision_model.transformer.layers.{}",
+        {role: f"self_attn.{role}_proj.weight" for role in "qkvo"}, norm="layer", before="input_layernorm.weight",
+    ),
+    "qwen2_vl": _vision(
+        "vision_qwen2_vl", "qwen2_vl", "visual.blocks.{}", _VIT_NAMES, biases={"qkv": "attn.qkv.bias"}, **_NORM1
+    ),
+    "qwen2_5_vl": _vision(
+        "vision_qwen2_5_vl", "qwen2_5_vl", "model.visual.blocks.{}", _VIT_NAMES, before="norm1.weight"
+    ),
+    "internvit": _vision("vision_internvit", "intern_vit_6b", _INTERN, _VIT_NAMES, **_NORM1, extra=("norm2.weight",)),
+    "internvit, 6B": _vision(
+        "vision_internvit_6b", None, _INTERN, _VIT_NAMES, before="norm1.weight", extra=("attn.q_norm.weight",)
+    ),
+    "sam": _vision("vision_sam", "sam", "model.sam_model.blocks.{}", _VIT_NAMES, **_NORM1, extra=("attn.rel_pos_h",)),
+}  # fmt: skip
+"""Vision towers, whose part of config.json is its vision_config."""
+
+
 @dataclass
 class Model:
     """A checkpoint's content and, beside it, what each projection is: the W [out, in] that was drawn for it.
@@ -594,6 +635,7 @@ SPREAD |= {"q_a": 0.25, "q_b": 8.0, "kv_a": 3.0, "kv_b": 6.0, "kv": 1.5, "o_a": 
 
 def build(
     case: str,
+    layouts: list[Layout] | None = None,
     *,
     layers: int = 2,
     heads: int = 4,
@@ -602,10 +644,10 @@ def build(
     hidden: int = 24,
     seed: int = 0,
 ) -> Model:
-    """A model of that family with every role at its own σ and a mean of its own, in the family's true layout."""
+    """A model of that family, or of these layouts, with every role at its own σ and mean, in its true layout."""
     rng = np.random.default_rng(seed)
     model = Model(tensors={"lm_head.weight": _noise(rng, 16, hidden)})
-    for layout in LAYOUTS[case]:
+    for layout in layouts or LAYOUTS[case]:
         if layout.square:
             kv_heads, hidden = heads, heads * head_dim
         if layout.one_kv:

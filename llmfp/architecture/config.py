@@ -11,7 +11,9 @@ from typing import Any
 HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "multi_query_group_num")
 HEAD_DIM = ("head_dim", "d_kv", "kv_channels")
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+_VISION_PARTS = ("vision_config", "vision_encoder", "vit_config")
 DRAFT_LAYERS = ("num_nextn_predict_layers",)
 
 
@@ -28,7 +30,12 @@ def model_types(config: Mapping[str, Any]) -> set[str]:
 
 def of_language_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of the config that describes the language model."""
-    for key in ("text_config", "llm_config", "language_config", "thinker_config"):
+    for key in _LANGUAGE_PARTS:
         if isinstance(config.get(key), Mapping):
             return {**config, **config[key]}
     return config
+
+
+def of_vision_tower(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of the config that describes the vision tower; empty where there is none."""
+    return next((config[key] for key in _VISION_PARTS if isinstance(config.get(key), Mapping)), {})

@@ -114,6 +114,9 @@ class Family:
         return any(WITNESS in names.parts for names in self.towers.values())
 
 
+VISION = "vision"
+TOWERS = ("decoder", "encoder", "cross", VISION)
+"""All towers there are. That of a vision model is never taken for a language model's, and is read only on request."""
 PARTS = (*(str(role) for role in Role), "qkv")
 NORM_PARTS = ("before", "after")
 WITNESS = "witness"

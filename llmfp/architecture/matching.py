@@ -15,13 +15,21 @@ from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-from llmfp.architecture.config import DRAFT_LAYERS, LAYERS, integer, model_types, of_language_model
+from llmfp.architecture.config import (
+    DRAFT_LAYERS,
+    LAYERS,
+    integer,
+    model_types,
+    of_language_model,
+    of_vision_tower,
+)
 from llmfp.architecture.families import (
     ADAPTER,
     DRAFT,
     LINEAR,
     NORM_PARTS,
     PARTS,
+    VISION,
     WITNESS,
     Family,
     Slot,
@@ -53,25 +61,34 @@ class _Found(NamedTuple):
     spec: TensorSpec
 
 
-def match(checkpoint: Checkpoint) -> AttentionMap:
-    """The attention projections of a checkpoint. Raises ArchitectureError when none is recognised."""
-    config = of_language_model(checkpoint.config)
-    recognised = _recognise(checkpoint.tensors.values())
+def match(checkpoint: Checkpoint, tower: str | None = None) -> AttentionMap:
+    """The attention projections of a checkpoint's language model, or of one tower alone (TOWERS).
+
+    Raises ArchitectureError when none is recognised.
+    """
+    vision = tower == VISION
+    config = of_vision_tower(checkpoint.config) if vision else of_language_model(checkpoint.config)
+    recognised = [each for each in _recognise(checkpoint.tensors.values()) if (each.slot.tower == VISION) == vision]
     left_out = _layers_left_out(recognised, config)
     candidates = [each for each in recognised if (each.block, each.layer) not in left_out]
     family = _choose(candidates, model_types(checkpoint.config))
     if family is None:
-        raise _unrecognised(checkpoint)
+        raise _no_tower(checkpoint, VISION, ()) if vision else _unrecognised(checkpoint)
     found = _one_stack_per_tower(each for each in candidates if each.slot.family == family.name)
+    if tower is not None:
+        present = sorted({each.slot.tower for each in found if each.slot.part in PARTS})
+        found = [each for each in found if each.slot.tower == tower]
+        if tower not in present:
+            raise _no_tower(checkpoint, tower, present)
     caveats = _config_caveats(checkpoint, family, config, found)
     towers = []
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
         in_tower = [each for each in found if each.slot.tower == name]
         towers.append(_tower(checkpoint, name, family.towers[name].as_configured(config), in_tower, config, caveats))
-    used = {projection.view.tensor.name for tower in towers for projection in tower.projections}
-    used |= {vector.view.tensor.name for tower in towers for vector in tower.vectors}
-    for tower in towers:
-        for projection in tower.projections:
+    used = {projection.view.tensor.name for each in towers for projection in each.projections}
+    used |= {vector.view.tensor.name for each in towers for vector in each.vectors}
+    for each in towers:
+        for projection in each.projections:
             used |= {part.name for part in _beside(projection.view.tensor)}
     skipped = {name: _why_skipped(name) for name in checkpoint.tensors if name not in used}
     skipped |= {
@@ -331,6 +348,13 @@ def _why_skipped(name: str) -> str:
     if "attn" in name or "attention" in name:
         return "not a projection of the towers found"
     return "not attention"
+
+
+def _no_tower(checkpoint: Checkpoint, tower: str, present: Iterable[str]) -> ArchitectureError:
+    return ArchitectureError(
+        f"{checkpoint.path}: no {tower} tower recognised{''.join(f'; it has: {name}' for name in present)}",
+        hint="leave --tower out to read the language model",
+    )
 
 
 def _unrecognised(checkpoint: Checkpoint) -> ArchitectureError:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from llmfp.architecture.families import TOWERS
 from llmfp.kernels import BACKENDS
 from llmfp.plan import parse_size
 from llmfp.reader import READERS
@@ -30,12 +31,15 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stde
 
 
 def reading_options(command: Command) -> Command:
-    """What to read and how: base, back end, reader, threads, memory."""
+    """What to read and how: base, tower, back end, reader, threads, memory."""
     for option in reversed(
         (
             click.option(
                 "--base", type=click.Path(path_type=Path, readable=False),
                 help="The model below SOURCE, where that is an adapter (LoRA).",
+            ),
+            click.option(
+                "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
             ),
             click.option(
                 "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
