@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "kernels/native"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+HEADERS = ("decode.hpp", "ggml_types.inc", "job.hpp", "kernel.hpp", "lanes.hpp", "pages.hpp")
 LEVELS = {
     "simd_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "simd_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
@@ -44,7 +45,7 @@ setup(
             sources=[
                 f"{SOURCES}/{name}.cpp" for name in ("module", "simd_avx512", "simd_avx2", "simd_neon", "simd_scalar")
             ],
-            depends=[f"{SOURCES}/{name}.hpp" for name in ("job", "kernel", "lanes", "pages")],
+            depends=[f"{SOURCES}/{name}" for name in HEADERS],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0"],
             # A source install without a compiler still works on NumPy; `llmfp-fast backends` says what is missing.

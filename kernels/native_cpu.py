@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from llmfp.errors import BackendError
-from llmfp.marginals import Buffer, Chunk, Marginals, Moments
+from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments
 
 try:
     from llmfp import _native
@@ -56,6 +56,10 @@ class NativeCpu:
             chunk.col_weight,
             chunk.row_weight,
             chunk.cross,
+            None if chunk.coding is None else _fields(chunk.coding),
+            None if chunk.low_rank is None else _fields(chunk.low_rank),
+            chunk.first_row,
+            chunk.first_col,
         )
         units, rest = divmod(chunk.rows, chunk.unit_rows)
         weighted = None
@@ -117,6 +121,11 @@ class NativeCpu:
                 )
             self._forced, self._level = forced, forced or here[0]
         return self._level
+
+
+def _fields(value: Coding | LowRank) -> tuple[object, ...]:
+    """A dataclass's fields in order, as the extension takes them."""
+    return tuple(getattr(value, name) for name in value.__slots__)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:

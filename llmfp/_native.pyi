@@ -18,6 +18,10 @@ def marginals(
     col_weight: Buffer | None,
     row_weight: Buffer | None,
     cross: bool,
+    coding: tuple[object, ...] | None,
+    low_rank: tuple[object, ...] | None,
+    first_row: int,
+    first_col: int,
     /,
 ) -> tuple[bytes, bytes, bytes, bytes, bytes | None, bytes | None, bytes | None, float, int]: ...
 def merge(level: str, parts: Sequence[tuple[tuple[int, ...], Buffer, Buffer]], /) -> tuple[bytes, bytes]: ...

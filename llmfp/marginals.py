@@ -40,7 +40,8 @@ class Coding:
              "awq"       4 bits: word j // 8 of row i, places 0 4 1 5 2 6 3 7 from the least significant half byte up
              "plane"     byte j of row i, `bits` bits from bit `place` up
              or the name of a ggml block type, Q4_K for example, whose blocks follow each other along the row and hold
-             their own scales (the rest is then unused)
+             their own scales (the rest is then unused, but for `table`: IQ1, IQ2 and IQ3 take their values from a grid,
+             int8[points, 8 or 4])
     bits     1 to 8
     place    see "plane"
     levels   level of a code: "uint", itself; "int", two's complement; "offset", itself less 2^(bits - 1);

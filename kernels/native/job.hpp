@@ -17,6 +17,28 @@ constexpr size_t itemsize(Dtype dtype) {
     return dtype == Dtype::F64 ? 8 : dtype == Dtype::F32 ? 4 : dtype == Dtype::BF16 || dtype == Dtype::F16 ? 2 : 1;
 }
 
+enum class Packing { ROW, ROW_HIGH, DOWN, AWQ, PLANE, GGML };
+enum class Levels { UINT, INT, OFFSET, F8_E4M3, F8_E5M2, TABLE };
+enum class Ggml {
+#define LLMFP_GGML(NAME, COLS, BYTES, POINTS) NAME,
+#include "ggml_types.inc"
+#undef LLMFP_GGML
+};
+
+// llmfp.marginals.Coding, checked. Pointers are null where there is none.
+struct Coding {
+    Packing packing;
+    Levels levels;
+    Ggml ggml;
+    size_t block_cols, block_bytes; // of a ggml block
+    const int8_t *grid;
+    size_t bits, place;
+    float table[16];
+    const float *scale, *zero, *shift;
+    size_t scale_rows, scale_cols, row_block, col_block, flat_block, tensor_cols;
+    const int32_t *row_group, *col_group;
+};
+
 // Columns are padded to the widest block that any dtype is read in.
 constexpr size_t PAD = 64;
 constexpr size_t padded(size_t cols) { return (cols + PAD - 1) / PAD * PAD; }
@@ -28,10 +50,12 @@ struct Scratch {
     float *fast[4];      // column sums and squares, plain and weighted by row, of up to 32 rows
     double *sum[4];      // the same over the unit; the third holds the cross products where they are asked for
     double *row;         // one decoded row (exact path)
+    float *stage;        // decoded segments of FOLD_ROWS rows, where elements are not reduced as they are stored
     uint8_t *bad;        // whether a column holds a non-finite element (exact path)
 };
 
 constexpr size_t SCRATCH_BYTES_PER_COLUMN = 2 * 4 + 4 * 4 + 4 * 8 + 8 + 1;
+constexpr size_t STAGE_BYTES = 32 * 512 * 4;
 
 inline Scratch lay_out(unsigned char *memory, size_t cols) {
     const size_t n = padded(cols);
@@ -43,6 +67,7 @@ inline Scratch lay_out(unsigned char *memory, size_t cols) {
     s.gain = reinterpret_cast<float *>(take(4 * n));
     s.gain_blocked = reinterpret_cast<float *>(take(4 * n));
     s.bad = take(n);
+    s.stage = reinterpret_cast<float *>(take(0));
     return s;
 }
 
@@ -52,6 +77,11 @@ struct Job {
     size_t rows, cols, row_stride, unit_rows;
     const float *row_weight; // [rows] or null; the column weight is in scratch.gain
     bool has_col_weight, cross;
+    bool has_coding;
+    Coding coding;
+    size_t rank; // of what is added to every element, 0 for nothing
+    const float *left, *right;
+    size_t right_cols, first_row, first_col;
     bool exact; // weights too large or small for float32 sums
     Scratch scratch;
     // Results: [rows] for rows, [units, cols] for columns; null where not asked for.

@@ -8,9 +8,12 @@
 // Unshifted sums lose digits when a mean is large against its std, float32 when values are extreme. So every unit is
 // judged by its own sums, and one that fails is done again by the exact path: float64, two passes, centred, reading
 // the unit (about 2 MB) from cache. float64 elements have only that path.
+//
+// Elements that are quantised, or that an adapter adds to, are STAGED: a group of rows is decoded to float32 a segment
+// at a time, into 8 KiB that stay in the first-level cache, and reduced from there as float32 is.
 #pragma once
 
-#include "lanes.hpp"
+#include "decode.hpp"
 
 namespace llmfp {
 namespace {
@@ -26,7 +29,6 @@ constexpr double CANCELLATION = 1;
 
 constexpr double canonical_nan() { return __builtin_nan(""); }
 LLMFP_INLINE double canonical(double x) { return x == x ? x : canonical_nan(); }
-LLMFP_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 enum class Weighted { NO, BY_COLUMN, BY_ROW };
 
@@ -46,7 +48,7 @@ LLMFP_INLINE Moment moment(double s, double q, double inverse) {
 
 // ---------------------------------------------------------------------------------------------------------- fast path
 
-template <class L, Dtype D, Weighted W> struct Fast {
+template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
     using F32 = typename L::F32;
     using F64 = typename L::F64;
     using Source = typename L::template Source<D>;
@@ -109,8 +111,8 @@ template <class L, Dtype D, Weighted W> struct Fast {
 
     // R rows from first to last column; adds to the column sums, returns the rows' sums in `total`.
     template <int R>
-    static void row_group(const Job &job, const unsigned char *data, const float *row_weight, Max &all_max,
-                          double (*total)[SUMS]) {
+    static void row_group(const Job &job, size_t row, const float *row_weight, Max &all_max, double (*total)[SUMS]) {
+        const unsigned char *data = job.data + row * job.row_stride;
         const size_t full = job.cols / BLOCK * BLOCK, stride = job.row_stride, ahead = R * stride;
         const Scratch &s = job.scratch;
         Max max = all_max;
@@ -122,7 +124,18 @@ template <class L, Dtype D, Weighted W> struct Fast {
         size_t column = 0, depth = 0;
         while (column < job.cols) {
             rows.clear();
-            if (column < full) {
+            if constexpr (STAGED) {
+                const size_t n = smaller(job.cols - column, SEGMENT), stop = column + n;
+                float *stage = s.stage;
+                for (int r = 0; r < R; r++) {
+                    decode(job, row + static_cast<size_t>(r), column, n, stage + r * SEGMENT);
+                    for (size_t j = n; j < padded(n); j++) stage[r * SEGMENT + j] = 0;
+                }
+                for (; column < stop; column += BLOCK, stage += BLOCK)
+                    step<R>(reinterpret_cast<const unsigned char *>(stage), SEGMENT * ITEM, 0, column, s, row_weight,
+                            rows, max);
+                column = stop;
+            } else if (column < full) {
                 const size_t stop = smaller(full, column + SEGMENT);
                 for (; column < stop; column += BLOCK)
                     step<R>(data + column * ITEM, stride, ahead, column, s, row_weight, rows, max);
@@ -173,6 +186,17 @@ template <class L, Dtype D, Weighted W> struct Fast {
 
     // Whether elements whose squares sum to zero are zero.
     static bool all_zero(const Job &job, size_t row, size_t rows, size_t column, size_t cols) {
+        if constexpr (STAGED) {
+            float *x = job.scratch.stage;
+            for (size_t i = row; i < row + rows; i++)
+                for (size_t j = column, n; j < column + cols; j += n) {
+                    n = smaller(column + cols - j, STAGE_COLS);
+                    decode(job, i, j, n, x);
+                    for (size_t k = 0; k < n; k++)
+                        if (x[k] != 0) return false;
+                }
+            return true;
+        }
         for (size_t i = row; i < row + rows; i++)
             for (size_t j = column; j < column + cols; j++)
                 if (bits_at<D>(job.data + i * job.row_stride + j * ITEM) & Form::MAGNITUDE) return false;
@@ -187,6 +211,23 @@ template <class L, Dtype D, Weighted W> struct Fast {
         float m[FOLD_ROWS];
         for (size_t i = 0; i < rows; i++) m[i] = static_cast<float>(mean[i]);
         Max ignored;
+        if constexpr (STAGED) {
+            for (size_t column = 0, n; column < job.cols; column += n) {
+                n = smaller(job.cols - column, SEGMENT);
+                float *stage = job.scratch.stage;
+                for (size_t i = 0; i < rows; i++) {
+                    decode(job, row + i, column, n, stage + i * SEGMENT);
+                    for (size_t j = n; j < padded(n); j++) stage[i * SEGMENT + j] = 0;
+                }
+                for (size_t j = 0; j < padded(n); j += 16) {
+                    F32 sum = F32::zero();
+                    for (size_t i = 0; i < rows; i++) sum = fma(F32::splat(m[i]), F32::load(stage + i * SEGMENT + j), sum);
+                    double *to = job.scratch.sum[2] + column + j;
+                    (F64::load(to) + F64::widen(sum)).store(to);
+                }
+            }
+            return;
+        }
         for (size_t column = 0; column < job.cols; column += BLOCK) {
             F32 sum[V];
 #pragma GCC unroll 4
@@ -274,13 +315,11 @@ template <class L, Dtype D, Weighted W> struct Fast {
             size_t i = start;
             double total[R][SUMS];
             for (; i + R <= stop; i += R) {
-                row_group<R>(job, job.data + i * job.row_stride, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max,
-                             total);
+                row_group<R>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
                 good &= finish_rows<R>(job, i, total);
             }
             for (; i < stop; i++) {
-                row_group<1>(job, job.data + i * job.row_stride, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max,
-                             total);
+                row_group<1>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
                 good &= finish_rows<1>(job, i, total);
             }
             if (!good) return false;
@@ -318,7 +357,7 @@ template <class L, Dtype D, Weighted W> struct Fast {
 
 // --------------------------------------------------------------------------------------------------------- exact path
 
-template <class L, Dtype D> struct Exact {
+template <class L, Dtype D, bool STAGED> struct Exact {
     using F32 = typename L::F32;
     using F64 = typename L::F64;
     using Form = Format<D>;
@@ -375,6 +414,26 @@ template <class L, Dtype D> struct Exact {
         return count;
     }
 
+    // A staged row into scratch.row, zero in place of what is not finite, whose columns are marked; the number of these.
+    static uint64_t load(const Job &job, size_t row, double &magnitude) {
+        double *x = job.scratch.row;
+        uint64_t count = 0;
+        magnitude = 0;
+        for (size_t j = 0, n; j < job.cols; j += n) {
+            n = smaller(job.cols - j, STAGE_COLS);
+            llmfp::decode(job, row, j, n, x + j);
+        }
+        for (size_t j = 0; j < job.cols; j++) {
+            const double m = x[j] < 0 ? -x[j] : x[j];
+            if (m - m == 0) {
+                magnitude = m > magnitude ? m : magnitude;
+            } else {
+                x[j] = 0, job.scratch.bad[j] = 1, count++;
+            }
+        }
+        return count;
+    }
+
     // Mean and M2 of n doubles, each times its gain if there are gains: two passes of 16 lanes.
     template <bool GAIN> static Moment centred(const double *x, const float *gain, size_t n) {
         const size_t full = n / 16 * 16;
@@ -410,11 +469,16 @@ template <class L, Dtype D> struct Exact {
         for (double *each : s.sum) memset(each, 0, 8 * cols);
         memset(s.bad, 0, cols);
         for (size_t i = row; i < row + rows; i++) {
-            Bits<D> most = largest(job, i);
+            double magnitude;
             uint64_t bad = 0;
-            if (most >= Form::NONFINITE) bad = mark(job, i, most);
-            decode(job, i, !bad);
-            const double magnitude = decoded(most);
+            if constexpr (STAGED) {
+                bad = load(job, i, magnitude);
+            } else {
+                Bits<D> most = largest(job, i);
+                if (most >= Form::NONFINITE) bad = mark(job, i, most);
+                decode(job, i, !bad);
+                magnitude = decoded(most);
+            }
             job.abs_max = magnitude > job.abs_max ? magnitude : job.abs_max;
             job.nonfinite += bad;
             Moment m = centred<false>(x, nullptr, cols), w = m;
@@ -447,7 +511,12 @@ template <class L, Dtype D> struct Exact {
                     wsum[j] - wsum[j] == 0 && !s.bad[j] ? wsum[j] : canonical_nan();
         for (size_t j = 0; j < cols; j++) sum[j] /= n, wsum[j] /= n;
         for (size_t i = row; i < row + rows; i++) {
-            decode(job, i, true); // a non-finite element spoils its own column alone, whose results are NaN anyway
+            if constexpr (STAGED) {
+                double ignored;
+                load(job, i, ignored);
+            } else {
+                decode(job, i, true); // a non-finite element spoils its own column alone, whose results are NaN anyway
+            }
             for (size_t j = 0; j < cols; j++) {
                 const double d = x[j] - sum[j];
                 square[j] += d * d;
@@ -471,8 +540,10 @@ template <class L, Dtype D> struct Exact {
             bool bad = s.bad[j];
             if (!(wsum[j] - wsum[j] == 0)) // as for rows: did a product overflow, or only the sum?
                 for (size_t i = row; i < row + rows; i++) {
-                    const double t = decoded(bits_at<D>(job.data + i * job.row_stride + j * ITEM)) *
-                                     static_cast<double>(job.row_weight[i]);
+                    double x;
+                    if constexpr (STAGED) llmfp::decode(job, i, j, 1, &x);
+                    else x = decoded(bits_at<D>(job.data + i * job.row_stride + j * ITEM));
+                    const double t = x * static_cast<double>(job.row_weight[i]);
                     bad |= !(t - t == 0);
                 }
             mean[j] = bad ? canonical_nan() : canonical(wsum[j]);
@@ -483,7 +554,7 @@ template <class L, Dtype D> struct Exact {
 
 // -------------------------------------------------------------------------------------------------------------- units
 
-template <class L, Dtype D, Weighted W> void units(Job &job) {
+template <class L, Dtype D, Weighted W, bool STAGED> void units(Job &job) {
     if constexpr (D != Dtype::F64 && W == Weighted::BY_COLUMN)
         for (size_t j = 0; j < padded(job.cols); j++) {
             constexpr size_t B = Format<D>::BLOCK;
@@ -493,19 +564,19 @@ template <class L, Dtype D, Weighted W> void units(Job &job) {
         const size_t rows = smaller(job.unit_rows, job.rows - row);
         if constexpr (D != Dtype::F64) {
             double abs_max;
-            if (!job.exact && Fast<L, D, W>::unit(job, index, row, rows, abs_max)) {
+            if (!job.exact && Fast<L, D, W, STAGED>::unit(job, index, row, rows, abs_max)) {
                 job.abs_max = abs_max > job.abs_max ? abs_max : job.abs_max;
                 continue;
             }
         }
-        Exact<L, D>::unit(job, index, row, rows);
+        Exact<L, D, STAGED>::unit(job, index, row, rows);
     }
 }
 
-template <class L, Dtype D> void units_of(Job &job) {
-    if (job.has_col_weight) return units<L, D, Weighted::BY_COLUMN>(job);
-    if (job.row_weight) return units<L, D, Weighted::BY_ROW>(job);
-    units<L, D, Weighted::NO>(job);
+template <class L, Dtype D, bool STAGED = false> void units_of(Job &job) {
+    if (job.has_col_weight) return units<L, D, Weighted::BY_COLUMN, STAGED>(job);
+    if (job.row_weight) return units<L, D, Weighted::BY_ROW, STAGED>(job);
+    units<L, D, Weighted::NO, STAGED>(job);
 }
 
 inline void fold_unit(double total, double *mean, double *m2, double n, const unsigned char *unit_mean,
@@ -521,6 +592,7 @@ inline void fold_unit(double total, double *mean, double *m2, double n, const un
 }
 
 template <class L> void marginals(Job *job) {
+    if (job->has_coding || job->rank) return units_of<L, Dtype::F32, true>(*job);
     switch (job->dtype) {
     case Dtype::BF16: return units_of<L, Dtype::BF16>(*job);
     case Dtype::F16: return units_of<L, Dtype::F16>(*job);

@@ -173,6 +173,181 @@ struct Name {
 constexpr Name DTYPES[] = {{"BF16", Dtype::BF16}, {"F16", Dtype::F16},         {"F32", Dtype::F32},
                            {"F64", Dtype::F64},   {"F8_E4M3", Dtype::F8_E4M3}, {"F8_E5M2", Dtype::F8_E5M2}};
 
+// The buffers that Coding and LowRank of a call point into.
+struct Beside {
+    View table, scale, zero, shift, row_group, col_group, left, right;
+};
+
+// An optional buffer of at least (or, with `exactly`, of) n items of 4 bytes, aligned to them.
+bool open_words(PyObject *object, View &view, size_t n, bool exactly, const char *what) {
+    if (object == Py_None) return true;
+    if (!view.open(object)) return false;
+    if (view.size() % 4 || view.size() / 4 < n || (exactly && view.size() / 4 != n) ||
+        reinterpret_cast<uintptr_t>(view.bytes()) % 4) {
+        PyErr_Format(PyExc_ValueError, "%s has the wrong size or alignment", what);
+        return false;
+    }
+    return true;
+}
+
+template <class T> const T *pointer(const View &view) {
+    return view.buffer.obj ? reinterpret_cast<const T *>(view.bytes()) : nullptr;
+}
+
+bool all_below(const int32_t *index, size_t from, size_t to, size_t limit) {
+    for (size_t i = from; i < to; i++)
+        if (index[i] < 0 || static_cast<size_t>(index[i]) >= limit) return false;
+    return true;
+}
+
+struct PackingName {
+    const char *name;
+    Packing packing;
+};
+constexpr PackingName PACKINGS[] = {{"row", Packing::ROW},
+                                    {"row_high", Packing::ROW_HIGH},
+                                    {"down", Packing::DOWN},
+                                    {"awq", Packing::AWQ},
+                                    {"plane", Packing::PLANE}};
+struct LevelsName {
+    const char *name;
+    Levels levels;
+    size_t most_bits;
+};
+constexpr LevelsName LEVELS_OF_CODES[] = {{"uint", Levels::UINT, 8},       {"int", Levels::INT, 8},
+                                          {"offset", Levels::OFFSET, 8},   {"F8_E4M3", Levels::F8_E4M3, 8},
+                                          {"F8_E5M2", Levels::F8_E5M2, 8}, {"E2M1", Levels::TABLE, 4},
+                                          {"table", Levels::TABLE, 4}};
+constexpr float E2M1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+struct GgmlType {
+    const char *name;
+    Ggml type;
+    size_t cols, bytes, grid_bytes;
+};
+constexpr GgmlType GGML_TYPES[] = {
+#define LLMFP_GGML(NAME, COLS, BYTES, POINTS) {#NAME, Ggml::NAME, COLS, BYTES, POINTS},
+#include "ggml_types.inc"
+#undef LLMFP_GGML
+};
+
+// No size here may come near where a product of two overflows.
+constexpr Py_ssize_t LARGEST = Py_ssize_t(1) << 31;
+
+// A ggml block type; bytes of a stored row of `stop` columns.
+bool read_ggml(const GgmlType &type, PyObject *table, const Job &job, size_t stop, Coding &c, Beside &beside,
+               size_t &row_bytes) {
+    c.packing = Packing::GGML, c.ggml = type.type, c.block_cols = type.cols, c.block_bytes = type.bytes;
+    if (job.first_col % type.cols || job.cols % type.cols) return refuse("columns must be whole blocks") != nullptr;
+    row_bytes = stop / type.cols * type.bytes;
+    if (!type.grid_bytes) return true;
+    if (table == Py_None) return refuse("this type needs its grid") != nullptr;
+    if (!beside.table.open(table)) return false;
+    if (beside.table.size() != type.grid_bytes) return refuse("the grid has the wrong size") != nullptr;
+    c.grid = pointer<int8_t>(beside.table);
+    return true;
+}
+
+// job.coding from a llmfp.marginals.Coding as a tuple of its fields in order; bytes of data that the chunk takes.
+bool read_coding(PyObject *tuple, Job &job, Beside &beside, size_t &end) {
+    const char *packing_name, *levels_name;
+    PyObject *table, *scale, *zero, *shift, *row_group, *col_group;
+    Py_ssize_t bits, place, scale_rows, scale_cols, row_block, col_block, flat_block, tensor_cols;
+    if (!PyArg_ParseTuple(tuple, "snnsOOOOnnnnnOOn:coding", &packing_name, &bits, &place, &levels_name, &table, &scale,
+                          &zero, &shift, &scale_rows, &scale_cols, &row_block, &col_block, &flat_block, &row_group,
+                          &col_group, &tensor_cols))
+        return false;
+    Coding &c = job.coding;
+    const size_t stop = job.first_col + job.cols, rows_stop = job.first_row + job.rows;
+    size_t stored_rows = job.rows, row_bytes = 0;
+    const GgmlType *block = nullptr;
+    for (const GgmlType &each : GGML_TYPES)
+        if (!strcmp(each.name, packing_name)) block = &each;
+    if (block) {
+        if (!read_ggml(*block, table, job, stop, c, beside, row_bytes)) return false;
+    } else {
+        const PackingName *packing = nullptr;
+        for (const PackingName &each : PACKINGS)
+            if (!strcmp(each.name, packing_name)) packing = &each;
+        const LevelsName *levels = nullptr;
+        for (const LevelsName &each : LEVELS_OF_CODES)
+            if (!strcmp(each.name, levels_name)) levels = &each;
+        if (!packing || !levels) return refuse("unknown packing or levels") != nullptr;
+        if (bits < 1 || bits > 8 || place < 0 || place + bits > 8) return refuse("bits must be 1 to 8") != nullptr;
+        c.packing = packing->packing, c.levels = levels->levels;
+        c.bits = static_cast<size_t>(bits), c.place = static_cast<size_t>(place);
+        const bool four = c.packing == Packing::ROW_HIGH || c.packing == Packing::AWQ || !strcmp(levels_name, "E2M1");
+        const bool eight = c.levels == Levels::F8_E4M3 || c.levels == Levels::F8_E5M2;
+        if ((four && bits != 4) || (eight && bits != 8) || c.bits > levels->most_bits)
+            return refuse("this packing, or these levels, have another number of bits") != nullptr;
+        if (c.levels == Levels::TABLE) {
+            const size_t entries = size_t(1) << bits;
+            if (!strcmp(levels_name, "E2M1")) {
+                memcpy(c.table, E2M1, sizeof E2M1);
+            } else {
+                if (!open_words(table, beside.table, entries, true, "table")) return false;
+                if (table == Py_None) return refuse("table is missing") != nullptr;
+                memcpy(c.table, beside.table.bytes(), 4 * entries);
+            }
+        }
+        for (Py_ssize_t n : {scale_rows, scale_cols, row_block, col_block})
+            if (n < 1 || n > LARGEST) return refuse("scale_rows, scale_cols and blocks must be at least 1") != nullptr;
+        if (flat_block < 0 || flat_block > LARGEST || tensor_cols < 0 || tensor_cols > LARGEST)
+            return refuse("flat_block or tensor_cols out of range") != nullptr;
+        c.scale_rows = static_cast<size_t>(scale_rows), c.scale_cols = static_cast<size_t>(scale_cols);
+        c.row_block = static_cast<size_t>(row_block), c.col_block = static_cast<size_t>(col_block);
+        c.flat_block = static_cast<size_t>(flat_block), c.tensor_cols = static_cast<size_t>(tensor_cols);
+        const size_t entries = c.scale_rows * c.scale_cols;
+        if (scale == Py_None) return refuse("scale is missing") != nullptr;
+        if (!open_words(scale, beside.scale, entries, true, "scale") ||
+            !open_words(zero, beside.zero, entries, true, "zero") ||
+            !open_words(shift, beside.shift, entries, true, "shift") ||
+            !open_words(row_group, beside.row_group, rows_stop, false, "row_group") ||
+            !open_words(col_group, beside.col_group, stop, false, "col_group"))
+            return false;
+        c.scale = pointer<float>(beside.scale), c.zero = pointer<float>(beside.zero);
+        c.shift = pointer<float>(beside.shift);
+        c.row_group = pointer<int32_t>(beside.row_group), c.col_group = pointer<int32_t>(beside.col_group);
+        if (c.zero && c.shift) return refuse("zero and shift exclude each other") != nullptr;
+        if (c.flat_block) {
+            if (c.tensor_cols < stop || ((rows_stop - 1) * c.tensor_cols + stop - 1) / c.flat_block >= entries)
+                return refuse("flat_block leads beyond the scales") != nullptr;
+        } else if (c.row_group ? !all_below(c.row_group, job.first_row, rows_stop, c.scale_rows) : false) {
+            return refuse("row_group leads beyond the scales") != nullptr;
+        } else if (c.col_group ? !all_below(c.col_group, job.first_col, stop, c.scale_cols)
+                               : (stop - 1) / c.col_block >= c.scale_cols) {
+            return refuse("columns lead beyond the scales") != nullptr;
+        }
+        if (c.packing == Packing::DOWN) stored_rows = (job.rows * c.bits + 31) / 32, row_bytes = 4 * stop;
+        else if (c.packing == Packing::AWQ) row_bytes = (stop + 7) / 8 * 4;
+        else if (c.packing == Packing::PLANE) row_bytes = stop;
+        else row_bytes = (stop * c.bits + 7) / 8;
+    }
+    if (stored_rows > 1 && job.row_stride < row_bytes) return refuse("row_stride_bytes is shorter than a row") != nullptr;
+    if (__builtin_mul_overflow(stored_rows - 1, job.row_stride, &end) || __builtin_add_overflow(end, row_bytes, &end))
+        return refuse("rows and columns reach beyond the end of the buffer") != nullptr;
+    job.has_coding = true;
+    return true;
+}
+
+// job's low-rank term from a llmfp.marginals.LowRank as a tuple of its fields in order.
+bool read_low_rank(PyObject *tuple, Job &job, Beside &beside) {
+    Py_ssize_t rank;
+    PyObject *left, *right;
+    if (!PyArg_ParseTuple(tuple, "nOO:low_rank", &rank, &left, &right)) return false;
+    if (rank < 1 || rank > LARGEST) return refuse("rank must be at least 1") != nullptr;
+    job.rank = static_cast<size_t>(rank);
+    if (!beside.left.open(left) || !beside.right.open(right)) return false;
+    const size_t rows = beside.left.size() / 4 / job.rank;
+    job.right_cols = beside.right.size() / 4 / job.rank;
+    job.left = pointer<float>(beside.left), job.right = pointer<float>(beside.right);
+    if (rows < job.first_row + job.rows || job.right_cols < job.first_col + job.cols ||
+        beside.right.size() != 4 * job.rank * job.right_cols || reinterpret_cast<uintptr_t>(job.left) % 4 ||
+        reinterpret_cast<uintptr_t>(job.right) % 4)
+        return refuse("left or right has the wrong size or alignment") != nullptr;
+    return true;
+}
+
 struct Freed {
     void *memory;
     ~Freed() { free(memory); }
@@ -207,16 +382,17 @@ bool run_guarded(Run &each, size_t nbytes) {
     return whole;
 }
 
-// marginals(level, data, dtype, rows, cols, offset_bytes, row_stride_bytes, unit_rows, col_weight, row_weight, cross):
-// see llmfp.marginals.Chunk. Returns row mean and M2, column mean and M2, weighted mean and M2 (of rows under
+// marginals(level, data, dtype, rows, cols, offset_bytes, row_stride_bytes, unit_rows, col_weight, row_weight, cross,
+// coding, low_rank, first_row, first_col): see llmfp.marginals.Chunk; coding and low_rank are tuples of their fields. Returns row mean and M2, column mean and M2, weighted mean and M2 (of rows under
 // col_weight, of columns under row_weight, else None twice), cross or None, abs_max, nonfinite.
 PyObject *py_marginals(PyObject *, PyObject *args) {
-    PyObject *data_object, *col_weight_object, *row_weight_object;
+    PyObject *data_object, *col_weight_object, *row_weight_object, *coding_object, *low_rank_object;
     const char *level_name, *dtype_name;
-    Py_ssize_t rows, cols, offset, stride, unit_rows;
+    Py_ssize_t rows, cols, offset, stride, unit_rows, first_row, first_col;
     int cross;
-    if (!PyArg_ParseTuple(args, "sOsnnnnnOOp:marginals", &level_name, &data_object, &dtype_name, &rows, &cols, &offset,
-                          &stride, &unit_rows, &col_weight_object, &row_weight_object, &cross))
+    if (!PyArg_ParseTuple(args, "sOsnnnnnOOpOOnn:marginals", &level_name, &data_object, &dtype_name, &rows, &cols,
+                          &offset, &stride, &unit_rows, &col_weight_object, &row_weight_object, &cross, &coding_object,
+                          &low_rank_object, &first_row, &first_col))
         return nullptr;
     Run each;
     each.level = level_named(level_name);
@@ -224,42 +400,54 @@ PyObject *py_marginals(PyObject *, PyObject *args) {
     const Name *known = nullptr;
     for (const Name &each : DTYPES)
         if (!strcmp(each.name, dtype_name)) known = &each;
-    if (!known) return PyErr_Format(PyExc_ValueError, "unknown dtype %s", dtype_name);
+    const bool coded = coding_object != Py_None;
+    if (!known && !coded) return PyErr_Format(PyExc_ValueError, "unknown dtype %s", dtype_name);
+    Beside beside;
     View data, col_weight, row_weight;
     if (!data.open(data_object)) return nullptr;
     if (rows < 1 || cols < 1 || unit_rows < 1) return refuse("rows, cols and unit_rows must be at least 1");
     if (offset < 0 || stride < 0) return refuse("offset_bytes and row_stride_bytes must not be negative");
+    if (first_row < 0 || first_col < 0) return refuse("first_row and first_col must not be negative");
+    if (coded || low_rank_object != Py_None)
+        for (Py_ssize_t n : {rows, cols, first_row, first_col})
+            if (n > LARGEST / 2) return refuse("too many rows or columns");
+    const size_t size = data.size(), n_cols = static_cast<size_t>(cols), n_rows = static_cast<size_t>(rows);
+    Job &job = each.job;
+    memset(&job, 0, sizeof job);
+    job.rows = n_rows, job.cols = n_cols;
+    job.row_stride = static_cast<size_t>(stride), job.unit_rows = static_cast<size_t>(unit_rows);
+    job.first_row = static_cast<size_t>(first_row), job.first_col = static_cast<size_t>(first_col);
+    job.cross = cross;
     // The last element must end inside the buffer; each step is checked before it can overflow.
-    const size_t item = itemsize(known->dtype), size = data.size(), n_cols = static_cast<size_t>(cols);
     size_t last_row, row_bytes, end;
-    if (__builtin_mul_overflow(n_cols, item, &row_bytes) ||
-        __builtin_mul_overflow(static_cast<size_t>(rows - 1), static_cast<size_t>(stride), &last_row) ||
-        __builtin_add_overflow(last_row, row_bytes, &end) ||
-        __builtin_add_overflow(end, static_cast<size_t>(offset), &end) || end > size)
+    if (coded) {
+        if (!read_coding(coding_object, job, beside, end)) return nullptr;
+    } else {
+        job.dtype = known->dtype;
+        if (__builtin_mul_overflow(n_cols, itemsize(known->dtype), &row_bytes) ||
+            __builtin_mul_overflow(n_rows - 1, job.row_stride, &last_row) ||
+            __builtin_add_overflow(last_row, row_bytes, &end))
+            return refuse("rows and columns reach beyond the end of the buffer");
+        if (rows > 1 && job.row_stride < row_bytes) return refuse("row_stride_bytes is shorter than a row");
+    }
+    if (__builtin_add_overflow(end, static_cast<size_t>(offset), &end) || end > size)
         return refuse("rows and columns reach beyond the end of the buffer");
-    if (rows > 1 && static_cast<size_t>(stride) < row_bytes) return refuse("row_stride_bytes is shorter than a row");
+    job.data = data.bytes() + offset;
+    if (low_rank_object != Py_None && !read_low_rank(low_rank_object, job, beside)) return nullptr;
     if (col_weight_object != Py_None && row_weight_object != Py_None)
         return refuse("col_weight and row_weight exclude each other");
     if (cross && row_weight_object != Py_None) return refuse("cross and row_weight exclude each other");
     if (col_weight_object != Py_None && !col_weight.open(col_weight_object)) return nullptr;
     if (row_weight_object != Py_None && !row_weight.open(row_weight_object)) return nullptr;
     if (col_weight.buffer.obj && col_weight.size() != 4 * n_cols) return refuse("col_weight is not float32[cols]");
-    const size_t n_rows = static_cast<size_t>(rows);
     if (row_weight.buffer.obj && row_weight.size() != 4 * n_rows) return refuse("row_weight is not float32[rows]");
 
     const size_t units = (n_rows - 1) / static_cast<size_t>(unit_rows) + 1;
     size_t entries;
     if (__builtin_mul_overflow(units, n_cols, &entries) || entries > PY_SSIZE_T_MAX / 16) return PyErr_NoMemory();
-    Job &job = each.job;
-    memset(&job, 0, sizeof job);
-    job.data = data.bytes() + offset;
-    job.dtype = known->dtype;
-    job.rows = n_rows, job.cols = n_cols;
-    job.row_stride = static_cast<size_t>(stride), job.unit_rows = static_cast<size_t>(unit_rows);
-    job.cross = cross;
     const size_t row_weight_bytes = (row_weight.buffer.obj ? 4 * n_rows + 63 : 0) / 64 * 64;
     unsigned char *memory = static_cast<unsigned char *>(
-        aligned_alloc(64, SCRATCH_BYTES_PER_COLUMN * padded(n_cols) + row_weight_bytes));
+        aligned_alloc(64, SCRATCH_BYTES_PER_COLUMN * padded(n_cols) + STAGE_BYTES + row_weight_bytes));
     if (!memory) return PyErr_NoMemory();
     const Freed freed{memory};
     job.scratch = lay_out(memory + row_weight_bytes, n_cols);

@@ -1,0 +1,349 @@
+"""Quantised chunks and adapters: every back end against codes.decode, and that against the formats' own words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llmfp.encoding import ggml
+from llmfp.encoding.blocks import NEVER_STORED, grid
+from llmfp.kernels import Backend, codes, load
+from llmfp.kernels.reference import decode
+from llmfp.marginals import Chunk, Coding, LowRank, Marginals
+
+BLOCKS = sorted(set(ggml.BLOCKS) - set(NEVER_STORED))
+RNG = np.random.default_rng(0)
+
+
+def floats(*shape: int) -> bytes:
+    return RNG.normal(0, 1, shape).astype(np.float32).tobytes()
+
+
+def chunk_of(
+    coding: Coding, rows: int, cols: int, first_row: int = 0, first_col: int = 0, offset: int = 0, **rest: Any
+) -> Chunk:
+    """Random codes for these rows and columns of a tensor."""
+    stop = first_col + cols
+    match coding.packing:
+        case "down":
+            stored_rows, row_bytes = -(-rows * coding.bits // 32), 4 * stop
+        case "awq":
+            stored_rows, row_bytes = rows, -(-stop // 8) * 4
+        case "plane":
+            stored_rows, row_bytes = rows, stop
+        case _:
+            stored_rows, row_bytes = rows, -(-stop * coding.bits // 8)
+    stride = row_bytes + 4 * (offset > 0)
+    data = RNG.integers(0, 256, offset + stored_rows * stride, np.uint8).tobytes()
+    return Chunk(
+        data, "", rows, cols, offset, stride, 32, coding=coding, first_row=first_row, first_col=first_col, **rest
+    )
+
+
+def scales(rows: int, cols: int, **rest: Any) -> dict[str, Any]:
+    return {"scale": floats(rows, cols), "scale_rows": rows, "scale_cols": cols, **rest}
+
+
+def groups(count: int, below: int) -> bytes:
+    return RNG.integers(0, below, count, dtype=np.int32).tobytes()
+
+
+TABLE = np.linspace(-1, 1.1, 16, dtype=np.float32).tobytes()
+CODINGS: dict[str, Coding] = {
+    "fp8 blocks": Coding("row", 8, levels="F8_E4M3", **scales(3, 5, row_block=32, col_block=128)),
+    "e5m2 tensor": Coding("row", 8, levels="F8_E5M2", **scales(1, 1, row_block=96, col_block=640)),
+    "int8 rows": Coding("row", 8, levels="int", **scales(96, 1, col_block=640)),
+    "int8 zero": Coding("row", 8, levels="int", zero=floats(96, 1), **scales(96, 1, col_block=640)),
+    **{f"offset {bits}": Coding("row", bits, levels="offset", **scales(96, 20, col_block=32)) for bits in range(1, 9)},
+    "mlx 4": Coding("row", 4, shift=floats(96, 10), **scales(96, 10, col_block=64)),
+    "mlx 3": Coding("row", 3, shift=floats(96, 10), **scales(96, 10, col_block=64)),
+    "act-order": Coding("row", 4, levels="offset", col_group=groups(640, 7), **scales(96, 7)),
+    "mxfp4": Coding("row", 4, levels="E2M1", **scales(96, 20, col_block=32)),
+    "nf4": Coding("row_high", 4, levels="table", table=TABLE, **scales(96, 10, col_block=64)),
+    "nf4 straddling": Coding(
+        "row_high", 4, levels="table", table=TABLE, flat_block=64, tensor_cols=640, **scales(1, 960)
+    ),
+    **{
+        f"gptq {bits}": Coding("down", bits, zero=floats(3, 640), row_block=32, **scales(3, 640))
+        for bits in (2, 3, 4, 8)
+    },
+    "gptq act-order": Coding("down", 4, zero=floats(5, 640), row_group=groups(96, 5), **scales(5, 640)),
+    "awq": Coding("awq", 4, zero=floats(3, 640), row_block=32, **scales(3, 640)),
+    "hqq high": Coding("plane", 4, place=4, zero=floats(96, 10), **scales(96, 10, col_block=64)),
+    "hqq 2, axis 0": Coding("plane", 2, place=2, zero=floats(8, 640), **scales(8, 640)),
+}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "by column": {"col_weight": RNG.uniform(0.5, 2, 640).astype(np.float32).tobytes()},
+    "centred": {"col_weight": RNG.uniform(0.5, 2, 640).astype(np.float32).tobytes(), "cross": True},
+    "by row": {"row_weight": RNG.uniform(0.5, 2, 96).astype(np.float32).tobytes()},
+}
+
+
+def weights_for(kind: str, rows: int, cols: int) -> dict[str, Any]:
+    cut = {"col_weight": 4 * cols, "row_weight": 4 * rows}
+    return {key: value[: cut[key]] if key in cut else value for key, value in WEIGHTS[kind].items()}
+
+
+def assert_agrees(found: Marginals, truth: Marginals, chunk: Chunk) -> None:
+    """1e-6 of the std of the row, column or whole chunk; the same elements non-finite."""
+    values = decode(chunk)
+    spread = float(np.nanstd(np.where(np.isfinite(values), values, np.nan)))
+    assert found.nonfinite == truth.nonfinite
+    assert found.abs_max == pytest.approx(truth.abs_max, rel=1e-6)
+    for name in ("row", "col", "weighted_row", "weighted_col"):
+        mine, theirs = getattr(found, name), getattr(truth, name)
+        assert (mine is None) == (theirs is None), name
+        if mine is None:
+            continue
+        mean, wanted = np.frombuffer(mine.mean), np.frombuffer(theirs.mean)
+        np.testing.assert_allclose(mean, wanted, rtol=1e-6, atol=4e-6 * spread, err_msg=name)
+        m2, wanted = np.frombuffer(mine.m2), np.frombuffer(theirs.m2)
+        np.testing.assert_allclose(m2, wanted, rtol=4e-6, atol=1e-9 * spread**2, err_msg=name)
+    if truth.cross is not None:
+        cross, wanted = np.frombuffer(found.cross or b""), np.frombuffer(truth.cross)
+        np.testing.assert_allclose(cross, wanted, rtol=1e-5, atol=1e-4 * spread**2, err_msg="cross")
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", CODINGS)
+def test_every_coding_is_reduced_as_it_is_defined(name: str, kind: str, backend: Backend) -> None:
+    coding = CODINGS[name]
+    for rows, cols, first_row, first_col in ((96, 640, 0, 0), (33, 530, 32, 64), (32, 1, 0, 8), (1, 37, 64, 16)):
+        chunk = chunk_of(coding, rows, cols, first_row, first_col, **weights_for(kind, rows, cols))
+        assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
+
+
+def test_codes_lie_where_the_formats_say() -> None:
+    """Built up bit by bit, in the words of Coding."""
+    one = {"scale": np.ones(1, np.float32).tobytes(), "row_block": 999, "col_block": 999}
+    for bits in range(1, 9):
+        chunk = chunk_of(Coding("row", bits, **one), 3, 21)
+        for i in range(3):
+            row = int.from_bytes(bytes(chunk.data)[i * chunk.row_stride_bytes :][: chunk.row_stride_bytes], "little")
+            assert decode(chunk)[i].tolist() == [row >> (bits * j) & ((1 << bits) - 1) for j in range(21)]
+        chunk = chunk_of(Coding("down", bits, **one), 64, 3)
+        words = np.frombuffer(chunk.data, "<u4").reshape(-1, 3)
+        for j in range(3):
+            column = sum(int(word) << (32 * n) for n, word in enumerate(words[:, j]))
+            assert decode(chunk)[:, j].tolist() == [column >> (bits * i) & ((1 << bits) - 1) for i in range(64)]
+    chunk = chunk_of(Coding("row_high", 4, **one), 2, 6)
+    assert decode(chunk)[1].tolist() == [int(digit, 16) for digit in bytes(chunk.data)[3:6].hex()]
+    chunk = chunk_of(Coding("awq", 4, **one), 1, 8)
+    word = int.from_bytes(bytes(chunk.data), "little")
+    assert [word >> (4 * k) & 15 for k in range(8)] == decode(chunk)[0][[0, 2, 4, 6, 1, 3, 5, 7]].tolist()
+    chunk = chunk_of(Coding("plane", 2, place=4, **one), 1, 5)
+    assert decode(chunk)[0].tolist() == [byte >> 4 & 3 for byte in bytes(chunk.data)]
+
+
+def test_values_follow_the_formula() -> None:
+    """Every way to find an entry of the scale, element by element."""
+    for name, coding in CODINGS.items():
+        chunk = chunk_of(coding, 32, 77, 32, 24)
+        plain = {"scale": np.ones(1, np.float32).tobytes(), "scale_rows": 1, "scale_cols": 1}
+        at = {"row_block": 10**6, "col_block": 10**6, "flat_block": 0, "row_group": None, "col_group": None}
+        level = decode(replace(chunk, coding=replace(coding, zero=None, shift=None, **plain, **at)))
+        arrays = [np.frombuffer(x, np.float32) if x else None for x in (coding.scale, coding.zero, coding.shift)]
+        scale, zero, shift = arrays
+        assert scale is not None
+        row_group, col_group = (np.frombuffer(x, np.int32) if x else None for x in (coding.row_group, coding.col_group))
+        for i, j in ((0, 0), (1, 76), (31, 5), (17, 40)):
+            row, col = 32 + i, 24 + j
+            index = (row * 640 + col) // coding.flat_block if coding.flat_block else None
+            if index is None:
+                r = row_group[row] if row_group is not None else row // coding.row_block % coding.scale_rows
+                index = r * coding.scale_cols + (col_group[col] if col_group is not None else col // coding.col_block)
+            expected = (level[i, j] - (zero[index] if zero is not None else 0.0)) * float(scale[index])
+            expected += shift[index] if shift is not None else 0.0
+            assert decode(chunk)[i, j] == pytest.approx(expected, rel=1e-12), name
+
+
+def blocks_of(name: str, rows: int, cols: int) -> NDArray[np.uint8]:
+    """Random blocks; scales that float16 holds as finite, moderate numbers."""
+    kind = gguf.GGMLQuantizationType[name]
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    stored = RNG.integers(0, 256, (rows, cols // elements, nbytes), np.uint8)
+    half = RNG.uniform(0.001, 0.1, (rows, cols // elements, 2)).astype(np.float16).view(np.uint8)
+    where = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208, "TQ1_0": 52, "TQ2_0": 64}.get(name, 0)
+    if name == "MXFP4":
+        stored[..., 0] = RNG.integers(110, 135, stored.shape[:2])
+    elif name == "IQ1_M":
+        stored[..., 55] = 0x20 | stored[..., 55] & 15  # the highest part of its scale
+    elif name != "NVFP4":
+        stored[..., where : where + 2] = half[..., :2]
+        if name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"):
+            stored[..., where + 2 : where + 4] = half[..., 2:]
+    return stored.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_ggml_block_is_reduced_as_gguf_defines_it(name: str, kind: str, backend: Backend) -> None:
+    rows, cols = 37, 768
+    stored = blocks_of(name, rows, cols)
+    coding = Coding(name, table=grid(name))
+    row_bytes = stored.shape[1]
+    chunk = Chunk(stored.tobytes(), "", rows, cols, 0, row_bytes, 32, coding=coding, **weights_wide(kind, rows, cols))
+    truth = gguf.dequantize(stored, gguf.GGMLQuantizationType[name]).astype(np.float64)
+    np.testing.assert_allclose(decode(chunk), truth, rtol=1e-12)
+    assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
+
+
+def weights_wide(kind: str, rows: int, cols: int) -> dict[str, Any]:
+    gain = RNG.uniform(0.5, 2, max(rows, cols)).astype(np.float32)
+    made = {"col_weight": gain[:cols].tobytes(), "row_weight": gain[:rows].tobytes()}
+    return {key: made.get(key, value) for key, value in WEIGHTS[kind].items()}
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "mlx 4", "gptq 4", "awq", "nf4", "Q4_K", "Q6_K", "IQ3_S", "low rank"])
+@pytest.mark.parametrize("level", ["avx2", "neon", "scalar"])
+def test_all_simd_levels_agree_to_the_bit(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = load("native_cpu")
+    if native.why_unavailable():
+        pytest.skip("the C++ extension was not built")
+    from llmfp import _native
+
+    if level not in _native.levels():
+        pytest.skip(f"{level} cannot run on this machine")
+    rows, cols, weight = 65, 768, RNG.uniform(0.5, 2, 768).astype(np.float32).tobytes()
+    if name == "low rank":
+        data = RNG.normal(0, 1, (rows, cols)).astype(np.float16).tobytes()
+        chunk = Chunk(data, "F16", rows, cols, 0, 2 * cols, 32, weight, low_rank=low_rank(rows, cols), cross=True)
+    elif name in BLOCKS:
+        stored = blocks_of(name, rows, cols)
+        coding = Coding(name, table=grid(name))
+        chunk = Chunk(stored.tobytes(), "", rows, cols, 0, stored.shape[1], 32, weight, coding=coding, cross=True)
+    else:
+        rows, cols = 65, 530
+        chunk = chunk_of(CODINGS[name], rows, cols, col_weight=weight[: 4 * cols], cross=True)
+    best = native.marginals(chunk)
+    monkeypatch.setenv("LLMFP_SIMD", level)
+    assert native.marginals(chunk) == best
+
+
+def low_rank(rows: int, cols: int, rank: int = 5) -> LowRank:
+    return LowRank(rank, floats(rows, rank), floats(rank, cols))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2"])
+def test_an_adapter_adds_to_plain_weights(dtype: str, backend: Backend) -> None:
+    size = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}.get(dtype, 1)
+    values = RNG.normal(0, 1, 40 * 700)
+    as_stored: NDArray[Any] = values.astype(np.float64)
+    if dtype == "BF16":
+        as_stored = (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    elif size == 1:
+        as_stored = RNG.integers(0, 120, values.size).astype(np.uint8)
+    else:
+        as_stored = values.astype(f"<f{size}")
+    plain = Chunk(as_stored.tobytes(), dtype, 40, 700, 0, 700 * size, 32, first_row=3, first_col=2)
+    chunk = replace(plain, low_rank=low_rank(43, 702))
+    assert chunk.low_rank is not None
+    left = np.frombuffer(chunk.low_rank.left, np.float32).reshape(43, 5).astype(np.float64)
+    right = np.frombuffer(chunk.low_rank.right, np.float32).reshape(5, 702).astype(np.float64)
+    np.testing.assert_allclose(decode(chunk), decode(plain) + left[3:] @ right[:, 2:], rtol=1e-12, atol=1e-12)
+    assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
+
+
+def test_an_adapter_adds_to_codes(backend: Backend) -> None:
+    chunk = chunk_of(CODINGS["gptq 4"], 64, 300, 32, 8, low_rank=low_rank(96, 640))
+    assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, 1e-45, 3e38])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_scales_that_are_no_usual_numbers(bad: float, kind: str, backend: Backend) -> None:
+    coding = CODINGS["mxfp4"]
+    scale = np.frombuffer(coding.scale or b"", np.float32).copy()
+    scale[[3, 500, 501]] = bad
+    chunk = chunk_of(replace(coding, scale=scale.tobytes()), 96, 640, **weights_for(kind, 96, 640))
+    if backend.name == "triton_gpu" and bad in (1e-45, 3e38):
+        pytest.skip("a float32 copy cannot hold products beyond float32")
+    found, truth = backend.marginals(chunk), load("reference").marginals(chunk)
+    if bad == 3e38:  # six times that is beyond float32, not beyond float64
+        assert found.nonfinite >= truth.nonfinite
+        return
+    assert_agrees(found, truth, chunk)
+
+
+def test_chunks_do_not_show_in_the_result(backend: Backend) -> None:
+    whole = chunk_of(CODINGS["gptq 3"], 96, 400)
+    top = replace(whole, rows=32)
+    rest = replace(whole, rows=64, first_row=32, offset_bytes=3 * whole.row_stride_bytes)
+    parts = [backend.marginals(part) for part in (top, rest)]
+    assert backend.merge(parts) == backend.merge([backend.marginals(whole)])
+
+
+BREAK: dict[str, dict[str, Any]] = {
+    "packing": {"packing": "sideways"},
+    "levels": {"levels": "roman"},
+    "bits": {"bits": 9},
+    "no bits": {"bits": 0},
+    "place": {"packing": "plane", "place": 5},
+    "short scale": {"scale": bytes(8)},
+    "no scale": {"scale": None},
+    "short zero": {"zero": bytes(4)},
+    "too few columns of scales": {"col_block": 8},
+    "row_block": {"row_block": 0},
+    "row_group": {"row_group": np.full(96, 96, np.int32).tobytes()},
+    "negative row_group": {"row_group": np.full(96, -1, np.int32).tobytes()},
+    "short row_group": {"row_group": bytes(8)},
+    "col_group": {"col_group": np.full(640, 20, np.int32).tobytes()},
+    "flat_block": {"flat_block": 1, "tensor_cols": 640},
+    "flat_block without columns": {"flat_block": 64},
+    "huge": {"scale_rows": 2**62, "scale_cols": 2**62},
+    "both": {"zero": bytes(4 * 96 * 20), "shift": bytes(4 * 96 * 20)},
+    "table": {"levels": "table"},
+    "fp8 of 4 bits": {"levels": "F8_E4M3"},
+    "ggml without whole blocks": {"packing": "Q4_K"},
+    "grid": {"packing": "IQ3_S", "table": bytes(5)},
+}
+
+
+@pytest.mark.parametrize("name", BREAK)
+def test_what_makes_no_sense_is_refused_before_memory_is_touched(name: str) -> None:
+    native = load("native_cpu")
+    if native.why_unavailable():
+        pytest.skip("the C++ extension was not built")
+    chunk = chunk_of(CODINGS["offset 4"], 96, 600 if "whole" in name else 640)
+    assert chunk.coding is not None
+    native.marginals(chunk)
+    with pytest.raises(ValueError):  # noqa: PT011
+        native.marginals(replace(chunk, coding=replace(chunk.coding, **BREAK[name])))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": 97},
+        {"cols": 648},
+        {"first_col": 8},
+        {"first_row": -1},
+        {"first_row": 2**62},
+        {"row_stride_bytes": 8},
+        {"offset_bytes": 1},
+        {"low_rank": LowRank(0, b"", b"")},
+        {"low_rank": LowRank(2, bytes(8 * 95), bytes(8 * 640))},
+        {"low_rank": LowRank(2, bytes(8 * 96), bytes(8 * 639))},
+        {"low_rank": LowRank(2, bytes(8 * 96), bytes(8 * 640 + 4))},
+    ],
+)
+def test_what_reaches_beyond_its_buffers_is_refused(change: dict[str, Any]) -> None:
+    native = load("native_cpu")
+    if native.why_unavailable():
+        pytest.skip("the C++ extension was not built")
+    with pytest.raises(ValueError):  # noqa: PT011
+        native.marginals(replace(chunk_of(CODINGS["offset 4"], 96, 640), **change))
+
+
+def test_all_fp8_codes_have_a_value() -> None:
+    """Against torch's own conversion."""
+    torch = pytest.importorskip("torch")
+    every = torch.arange(256, dtype=torch.uint8)
+    for dtype, name in (("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")):
+        np.testing.assert_array_equal(codes.fp8_table(dtype), every.view(getattr(torch, name)).double().numpy())
