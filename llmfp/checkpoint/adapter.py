@@ -43,9 +43,12 @@ _SAFE_PATTERN = re.compile(r"^(?:[\w|^$-]|\\?\.[*+]?|\[[\w-]{1,40}\]\+?|\\d\+?){
 
 def is_adapter(path: Path) -> bool:
     """Whether a directory holds an adapter and no model."""
-    return any((path / name).is_file() for name in _WEIGHTS) and not any(
-        next(path.glob(model), None) for model in _MODELS
-    )
+    try:
+        if not any((path / name).is_file() for name in _WEIGHTS):
+            return False
+        return not any(next(path.glob(model), None) for model in _MODELS)
+    except OSError:
+        return False  # a path that cannot be: opening it says why
 
 
 def open_adapted(path: Path, base: Path | None) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,11 +19,12 @@ from llmfp.errors import CheckpointError
 INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 FINGERPRINT_SUFFIX = ".fp.safetensors"
-_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
+_SHARD_NAME = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin|\.gguf)$")
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
-_ACCEPTED = "give a directory, a .safetensors file, or a .bin, .pt or .pth file written by torch.save"
+_GGUF = ".gguf"
+_ACCEPTED = "give a directory, a .safetensors or .gguf file, or a .bin, .pt or .pth file written by torch.save"
+_MOST_NAMED = 4
 _UNSUPPORTED = {
-    ".gguf": "GGUF",
     ".h5": "Keras",
     ".msgpack": "Flax",
     ".onnx": "ONNX",
@@ -44,6 +46,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: no such file or directory", hint=_hint_for_missing(path))
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror or error}") from None
+    if files[0].suffix == _GGUF:
+        from llmfp.checkpoint.gguf_file import open_gguf  # most scans do not need it
+
+        return replace(open_gguf(files[0]), path=path)
     shards: list[Shard] = []
     tensors: dict[str, TensorSpec] = {}
     caveats: list[str] = []
@@ -74,7 +80,7 @@ def _weight_file(path: Path) -> Path:
         raise CheckpointError(
             f"{path}: {_UNSUPPORTED[path.suffix]} are not supported yet", hint="convert the model to safetensors"
         )
-    if path.suffix not in (".safetensors", *_TORCH):
+    if path.suffix not in (".safetensors", _GGUF, *_TORCH):
         raise CheckpointError(f"{path}: not a weight file", hint=_ACCEPTED)
     return path
 
@@ -106,7 +112,7 @@ def _torch_files_of_directory(path: Path) -> tuple[list[Path], dict[str, str] | 
         return _files_of_index(path / TORCH_INDEX)
     files = sorted(path.glob("pytorch_model-*-of-*.bin")) or sorted(path.glob("consolidated*.pth"))
     if not files:
-        raise CheckpointError(f"{path}: {_why_no_weights(path)}", hint=_ACCEPTED)
+        return [_gguf_of_directory(path)], None
     if files[0].suffix == ".pth" and len(files) > 1:
         raise CheckpointError(
             f"{files[0]}: {len(files)} parts of tensors that were split for model parallelism are not supported",
@@ -114,6 +120,20 @@ def _torch_files_of_directory(path: Path) -> tuple[list[Path], dict[str, str] | 
         )
     _check_numbered(path, [file.name for file in files])
     return files, None
+
+
+def _gguf_of_directory(path: Path) -> Path:
+    """The one GGUF model of a directory, by its first part. Projectors of vision models go by the name of mmproj."""
+    files = sorted(file for file in path.glob(f"*{_GGUF}") if not file.name.startswith("mmproj"))
+    models = [file for file in files if not (part := _SHARD_NAME.match(file.name)) or int(part["number"]) == 1]
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models[:_MOST_NAMED]) + (", …" if len(models) > _MOST_NAMED else "")
+        raise CheckpointError(
+            f"{path}: {len(models)} GGUF models in this directory: {names}", hint="give one of the files"
+        )
+    if not files:
+        raise CheckpointError(f"{path}: {_why_no_weights(path)}", hint=_ACCEPTED)
+    return (models or files)[0]
 
 
 def _files_of_index(index: Path) -> tuple[list[Path], dict[str, str]]:
@@ -128,9 +148,9 @@ def _files_of_index(index: Path) -> tuple[list[Path], dict[str, str]]:
 def _why_no_weights(path: Path) -> str:
     found = sorted({_UNSUPPORTED[file.suffix] for file in path.iterdir() if file.suffix in _UNSUPPORTED})
     if found:
-        return f"only {', '.join(found)} found, not supported yet; no .safetensors file or pytorch_model.bin"
+        return f"only {', '.join(found)} found, not supported yet; no .safetensors, .gguf or pytorch_model.bin file"
     if any(path.iterdir()):
-        return "no .safetensors file or pytorch_model.bin in this directory"
+        return "no .safetensors, .gguf or pytorch_model.bin file in this directory"
     return "the directory is empty"
 
 
@@ -151,7 +171,7 @@ def _check_numbered(path: Path, names: Iterable[str]) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     suffix = ".bin" if path.name == TORCH_INDEX else ".safetensors"
-    weight_map = strict_json.parse_object(_read_small(path, strict_json.MAX_BYTES), str(path)).get("weight_map")
+    weight_map = strict_json.read_object(path, strict_json.MAX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: no weight_map")
     for tensor, name in weight_map.items():
@@ -186,21 +206,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """config.json, or the params.json of Mistral's own layout, or nothing. Python's writers put Infinity into them."""
     for path in (directory / "config.json", directory / "params.json"):
         if path.exists():
-            return strict_json.parse_object(_read_small(path, _CONFIG_BYTES), str(path), constants=True)
+            return strict_json.read_object(path, _CONFIG_BYTES, constants=True)
     return {}
-
-
-def _read_small(path: Path, limit: int) -> bytes:
-    try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise CheckpointError(f"{path}: not a regular file")
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes is over the limit of {limit}")
-        with path.open("rb") as file:
-            return file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
 
 
 def _revision(directory: Path) -> str | None:

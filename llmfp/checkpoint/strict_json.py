@@ -20,12 +20,13 @@ def read_object(path: Path, limit: int, *, constants: bool = False) -> dict[str,
     try:
         if not path.is_file():  # opening a named pipe would wait for ever
             raise CheckpointError(f"{path}: not a regular file")
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes is over the limit of {limit}")
         with path.open("rb") as file:
             text = file.read(limit + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    if len(text) > limit:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes is over the limit of {limit}")
     return parse_object(text, str(path), constants=constants)
 
 
