@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 import llmfp
+from llmfp.__main__ import main
 from llmfp.architecture import match
 from llmfp.checkpoint import open_checkpoint
 from llmfp.errors import LlmfpError
@@ -19,7 +23,7 @@ from llmfp.kernels import codes
 from llmfp.marginals import Chunk
 from tests.checkpoints import Stored, write_model
 
-DECODING = ("reference",)
+DECODING = ("reference", "native_cpu")
 """Back ends that decode."""
 ROLES = ("q", "k", "v", "o")
 Fields = Mapping[str, NDArray[Any] | Stored]
@@ -65,6 +69,14 @@ def decoded(folder: Path, role: str) -> NDArray[np.float64]:
         chunk = Chunk(content, "", count, cols, start, encoding.row_bytes, count, first_row=first)
         dense[first : first + count] = codes.decode(chunk, replace(coding, place=encoding.place(rows, first)))
     return dense.T if encoding.in_out else dense
+
+
+def plan_of(folder: Path) -> dict[str, Any]:
+    """What `plan --json` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["plan", str(folder), "--json"]) == 0
+    plan: dict[str, Any] = json.loads(printed.getvalue())
+    return plan
 
 
 def error_of(folder: Path) -> str:
