@@ -12,30 +12,32 @@ import importlib
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.checkpoint.specs import ITEM_BITS
+from llmfp.encoding import refused
 from llmfp.encoding.floats import decode_gain
-from llmfp.encoding.specs import Encoding, Siblings, refusal, settings
+from llmfp.encoding.specs import Encoding, Siblings, refusal, stated_method
 
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Dtypes whose stored values are the weights."""
 
 _CODES = {
     "qweight": "gptq", "weight_packed": "compressed", "W_q": "hqq", "weight_blocks": "mxfp4",
-    "q_weight": "refused", "trellis": "refused", "_data": "refused", "qdata": "refused",
+    **dict.fromkeys(refused.CODES, "refused"),
 }  # fmt: skip
 """Last component of a name that holds codes under another name than the weight's → the module that knows it."""
 
 _SIBLINGS = {
-    "weight.absmax": "bitsandbytes", "SCB": "bitsandbytes", "biases": "mlx", "scales": "mlx",
+    "weight.absmax": "bitsandbytes", "weight.quant_map": "bitsandbytes", "SCB": "bitsandbytes",
+    **dict.fromkeys(refused.BESIDE, "refused"), "biases": "mlx", "scales": "mlx",
     "weight_scale_2": "nvfp4", "weight_scale_inv": "scaled", "weight_scale": "scaled", "qscale_weight": "scaled",
-    "scale_weight": "scaled", "weight_scales": "refused",
+    "scale_weight": "scaled",
 }  # fmt: skip
 """What lies beside a `weight` that holds codes → the module that knows it; the first that is there decides."""
 
 
 def weight_name(name: str) -> str:
-    """The name that the weight had before it was quantised: `q_proj.qweight` → `q_proj.weight`."""
+    """The name that the weight had before it was quantised: q_proj.weight for q_proj.qweight or q_proj.weight.qdata."""
     module, _, last = name.rpartition(".")
-    return f"{module}.weight" if last in _CODES else name
+    return f"{module.removesuffix('._data').removesuffix('.weight')}.weight" if last in _CODES else name
 
 
 def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
@@ -57,11 +59,11 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
 
 def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     if spec.dtype in FLOATS:
-        if spec.dtype.startswith("F8") and (method := settings(checkpoint).get("quant_method")):
+        if spec.dtype.startswith("F8") and (stated := stated_method(checkpoint)):
             raise refusal(
                 checkpoint,
                 spec,
-                f"is {spec.dtype} and quantised ({str(method)[:40]}), says config.json, but its scales are missing",
+                f"is {spec.dtype}{stated}, but its scales are missing",
                 "fetch the files again; scales are stored beside the weights",
             )
         return spec
@@ -76,7 +78,8 @@ def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
         raise refusal(
             checkpoint,
             spec,
-            f"is stored as {spec.dtype}, and no tensor beside it says how its values are made of that",
+            f"is stored as {spec.dtype}{stated_method(checkpoint)}, "
+            "and no tensor beside it says how its values are made of that",
             f"plain weights are {', '.join(FLOATS)}; README.md lists the quantised formats",
         )
     from llmfp.encoding import blocks  # only GGUF files have other types

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding.specs import SCALES, Encoding, Siblings, kept_bytes, refusal, settings
+from llmfp.encoding.specs import SCALES, Encoding, Siblings, kept_bytes, refusal, settings, stated_method
 from llmfp.marginals import Coding
 
 _CODES = {"F8_E4M3": "F8_E4M3", "F8_E5M2": "F8_E5M2", "I8": "int"}
@@ -28,7 +28,8 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
         raise refusal(
             checkpoint,
             spec,
-            f"is {spec.dtype} {list(spec.shape)} with scales beside it, which is no known format",
+            f"is {spec.dtype} {list(spec.shape)} with scales beside it{stated_method(checkpoint)}, "
+            "which is no known format",
             "scan the unquantised checkpoint",
         )
     field, scale = next((f, s) for f in _SCALES if (s := siblings.find(f, SCALES)) is not None)

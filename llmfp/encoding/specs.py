@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.errors import EncodingError
+from llmfp.errors import CheckpointError, EncodingError
 from llmfp.marginals import Coding
 
 Parts = tuple[tuple[str, TensorSpec], ...]
 
 SCALES = ("F32", "BF16", "F16", "F64", "F8_E8M0", "F8_E4M3", "U8")
 """What scales are stored as; U8 is E8M0, an exponent: 2^(byte - 127), 255 is NaN."""
+
+_SMALL_BYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,25 @@ class Siblings:
         return found
 
 
+def read_small(checkpoint: Checkpoint, spec: TensorSpec) -> bytes:
+    """What a format says of a tensor in another one, which is needed before anything can be planned.
+
+    Raises EncodingError for more than 4 KiB, CheckpointError when the file cannot be read or is another by now.
+    """
+    shard = checkpoint.shards[spec.shard]
+    if spec.nbytes > _SMALL_BYTES:
+        raise refusal(checkpoint, spec, f"has {spec.nbytes} bytes, over {_SMALL_BYTES}", "fetch the file again")
+    try:
+        with shard.path.open("rb") as file:
+            shard.check_unchanged(os.fstat(file.fileno()))
+            file.seek(spec.offset_bytes)
+            return file.read(spec.nbytes)
+    except OSError as error:
+        raise CheckpointError(
+            f"{shard.path}: tensor {spec.name!r} could not be read: {error.strerror or error}"
+        ) from None
+
+
 def refusal(checkpoint: Checkpoint, spec: TensorSpec, why: str, hint: str) -> EncodingError:
     """The error that says of one tensor what is wrong with it."""
     return EncodingError(f"{checkpoint.shards[spec.shard].path}: tensor {spec.name!r} {why}", hint=hint)
@@ -123,3 +145,9 @@ def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
                 if isinstance(found := place.get(key), dict):
                     return found
     return {}
+
+
+def stated_method(checkpoint: Checkpoint) -> str:
+    """How config.json says that the model is quantised, as an error may add it; empty where it says nothing."""
+    method = settings(checkpoint).get("quant_method")
+    return f" (quantised as {str(method)[:40]!r}, says config.json)" if method else ""
