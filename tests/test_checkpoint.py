@@ -122,7 +122,7 @@ def _(folder: Path) -> None:
     pass
 
 
-@broken("a directory without weights", "no .safetensors file")
+@broken("a directory without weights", "no .safetensors, .gguf or pytorch_model.bin file")
 def _(folder: Path) -> None:
     (folder / "README.md").write_text("nothing here")
 
@@ -145,12 +145,12 @@ def _(folder: Path) -> Path:
     return folder / "notes.txt"
 
 
-@broken("only a fingerprint", "no .safetensors file")
+@broken("only a fingerprint", "no .safetensors, .gguf or pytorch_model.bin file")
 def _(folder: Path) -> None:
     (folder / "old.fp.safetensors").write_bytes(safetensors_bytes({}))
 
 
-@broken("an adapter without its base", "adapter_model.safetensors", "LoRA adapter", "base model")
+@broken("an adapter without its base", "an adapter", "without its base model", "--base")
 def _(folder: Path) -> None:
     lora = np.ones((2, 8), np.float32)
     tensors = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight": lora for part in "AB"}
@@ -313,13 +313,11 @@ broken("a file without a tensor", "no attention", "no tensor")(lambda folder: wr
 llama_with("a projection of no size", Q, np.empty((0, 24), np.float32), "no elements")
 llama_with("a projection that is a vector", Q, np.ones(24, np.float32), "two dimensions")
 llama_with("a projection that is a cube", Q, np.ones((2, 16, 24), np.float32), "two dimensions")
-llama_with("a projection of integers", Q, np.ones((32, 24), np.int8), "I8", "not supported")
-llama_with("a projection of booleans", Q, Stored("BOOL", (32, 24), bytes(768)), "BOOL", "not supported")
-llama_with("a projection of 4-bit floats", Q, Stored("F4", (32, 24), bytes(384)), "F4", "not supported")
+llama_with("a projection of integers", Q, np.ones((32, 24), np.int8), "I8", "no tensor beside it says")
+llama_with("a projection of booleans", Q, Stored("BOOL", (32, 24), bytes(768)), "BOOL", "no tensor beside it says")
+llama_with("a projection of 4-bit floats", Q, Stored("F4", (32, 24), bytes(384)), "F4", "no tensor beside it says")
 for suffix in ("weight_scale", "weight_scale_inv", "scale", "scales", "scale_weight", "SCB", "weight.absmax"):
-    llama_with(
-        f"weights with {suffix}", Q.removesuffix("weight") + suffix, np.ones(1, np.float32), "quantised", repr(Q)
-    )
+    llama_with(f"floats with {suffix}", Q.removesuffix("weight") + suffix, np.ones(1, np.float32), repr(Q), "F32")
 
 
 @broken("FP8 that the config calls quantised, with no scale to be found", repr(Q), "F8_E4M3", "quantised")
@@ -328,17 +326,17 @@ def _(folder: Path) -> None:
     write_model(folder, {**LLAMA.tensors, Q: Stored("F8_E4M3", (32, 24), bytes(768))}, LLAMA.config | quantised)
 
 
-for packed, method in {"qweight": "GPTQ", "weight_packed": "compressed-tensors", "W_q": "HQQ"}.items():
+for packed in ("qweight", "weight_packed", "W_q"):
 
-    @broken(f"{method} weights", "model.safetensors", packed, method, "not supported")
+    @broken(f"{packed} alone", "model.safetensors", f"_proj.{packed}'")
     def _(folder: Path, packed: str = packed) -> None:
         names = (f"model.layers.0.self_attn.{part}_proj.{packed}" for part in "qkvo")
         write_model(folder, dict.fromkeys(names, np.ones((2, 2), np.int32)), LLAMA.config)
 
 
-@broken("no attention at all", "no attention weights", "closest names", "blk.{n}.attn_q.weight")
+@broken("no attention at all", "no attention weights", "closest names", "blk.{n}.attn_queue.weight")
 def _(folder: Path) -> None:
-    write_model(folder, {"blk.7.attn_q.weight": np.ones((2, 2), np.float32), "other": np.ones(2, np.float32)})
+    write_model(folder, {"blk.7.attn_queue.weight": np.ones((2, 2), np.float32), "other": np.ones(2, np.float32)})
 
 
 @broken("names without number or end", "no attention weights", "closest names")
@@ -686,7 +684,7 @@ def test_a_file_that_changes_after_its_header_was_read_is_refused_by_name(
         pytest.skip(reason)
     source = LLAMA.write(tmp_path / "model") / "model.safetensors"
     match = api.match
-    monkeypatch.setattr(api, "match", lambda checkpoint: [CHANGES[change](source), match(checkpoint)][1])
+    monkeypatch.setattr(api, "match", lambda checkpoint, _: [CHANGES[change](source), match(checkpoint)][1])
     arguments = ["scan", str(source), "--reader", reader, "--backend", BACKEND, "--threads", "1"]
     assert main([*arguments, "--out", str(tmp_path / "x.fp.safetensors")]) == 2
     stderr = capsys.readouterr().err

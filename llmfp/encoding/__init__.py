@@ -29,7 +29,7 @@ _SIBLINGS = {
     "weight.absmax": "bitsandbytes", "weight.quant_map": "bitsandbytes", "SCB": "bitsandbytes",
     **dict.fromkeys(refused.BESIDE, "refused"), "biases": "mlx", "scales": "mlx",
     "weight_scale_2": "nvfp4", "weight_scale_inv": "scaled", "weight_scale": "scaled", "qscale_weight": "scaled",
-    "scale_weight": "scaled",
+    "scale_weight": "scaled", "scale": "scaled",
 }  # fmt: skip
 """What lies beside a `weight` that holds codes → the module that knows it; the first that is there decides."""
 

@@ -18,7 +18,7 @@ from llmfp.encoding.specs import SCALES, Encoding, Siblings, kept_bytes, refusal
 from llmfp.marginals import Coding
 
 _CODES = {"F8_E4M3": "F8_E4M3", "F8_E5M2": "F8_E5M2", "I8": "int"}
-_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale_weight")
+_SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale_weight", "scale")
 _ZERO = "weight_zero_point"
 
 
