@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 BACKEND = "auto"
 """What scans in these tests run on."""
 
-_STORED_AS = {"float64": "F64", "float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8", "int32": "I32"}
+_STORED_AS = {"float64": "F64", "float32": "F32", "float16": "F16"}
+_STORED_AS |= {"int8": "I8", "int32": "I32", "int64": "I64", "uint8": "U8", "uint32": "U32"}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.encoding import mxfp4
 from llmfp.encoding.specs import SCALES, Encoding, Siblings, kept_bytes, refusal, settings, stated_method
 from llmfp.marginals import Coding
 
@@ -24,15 +25,17 @@ _ZERO = "weight_zero_point"
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
     """See llmfp.encoding.encoded."""
+    if spec.dtype == "U8":  # two 4-bit floats to a byte, as Quark names them
+        return mxfp4.encode(checkpoint, spec, siblings)
+    field, scale = next((f, s) for f in _SCALES if (s := siblings.find(f, SCALES)) is not None)
     if spec.dtype not in _CODES or len(spec.shape) != 2:
         raise refusal(
             checkpoint,
             spec,
-            f"is {spec.dtype} {list(spec.shape)} with scales beside it{stated_method(checkpoint)}, "
+            f"is {spec.dtype} {list(spec.shape)}, with {scale.name!r} beside it{stated_method(checkpoint)}, "
             "which is no known format",
             "scan the unquantised checkpoint",
         )
-    field, scale = next((f, s) for f in _SCALES if (s := siblings.find(f, SCALES)) is not None)
     rows, cols = spec.shape
     row_block, col_block = _blocks(checkpoint, spec, scale)
     entries = -(-rows // row_block), -(-cols // col_block)

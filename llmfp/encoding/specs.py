@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
@@ -72,6 +73,40 @@ class Encoding:
 def kept_bytes(parts: Iterable[tuple[str, TensorSpec]], entries: int) -> int:
     """Memory for the parts as stored, `entries` float32 in all the Coding's arrays, and what making them takes."""
     return sum(spec.nbytes for _, spec in parts) + 20 * entries
+
+
+def small_floats(spec: TensorSpec, cols: int, block: int, parts: Parts, label: str, levels: str = "E2M1") -> TensorSpec:
+    """A matrix of small floats, low bits first, with a "scale" per `block` columns of a row in `parts`.
+
+    Beside it may be one scale of the whole tensor, a "factor" or a "divisor" of the others.
+    """
+    rows, bits = spec.shape[0], 4 if levels == "E2M1" else 8
+    coding = Coding("row", bits, levels=levels, scale_rows=rows, scale_cols=-(-cols // block), col_block=block)
+    encoding = Encoding(
+        label=label,
+        packing="row",
+        bits=bits,
+        row_bytes=spec.nbytes // max(rows, 1),
+        in_out=False,
+        parts=parts,
+        prepare=partial(_with_scales, coding, dict(parts)),
+        kept_bytes=kept_bytes(parts, coding.scale_rows * coding.scale_cols),
+    )
+    return replace(spec, shape=(rows, cols), encoding=encoding)
+
+
+def _with_scales(coding: Coding, parts: Mapping[str, TensorSpec], stored: Mapping[str, bytes]) -> Coding:
+    import numpy as np
+
+    from llmfp.encoding import arrays
+
+    scale = arrays.values(stored["scale"], parts["scale"].dtype)
+    with np.errstate(all="ignore"):
+        if "factor" in parts:
+            scale = scale * arrays.values(stored["factor"], parts["factor"].dtype)
+        if "divisor" in parts:
+            scale = scale / arrays.values(stored["divisor"], parts["divisor"].dtype)
+    return replace(coding, scale=arrays.packed(scale))
 
 
 class Siblings:
