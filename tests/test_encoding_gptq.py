@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.checkpoints import Stored, as_bf16, bf16
+import llmfp
+from tests.checkpoints import Stored, as_bf16, bf16, write_model
 from tests.quantised import DECODING, ROLES, check_statistics, decoded, error_of, plan_of, write_quantised
 
 INPUTS, OUTPUTS = 96, 64
@@ -169,6 +170,23 @@ def test_a_zero_of_nought_survives_the_subtraction_of_its_writer(bits: int, tmp_
         folder = write(tmp_path / str(len(expected)), {role: Case(fields, case.dense) for role in "qkv"}, stated)
         expected.append(decoded(folder, "q"))
     np.testing.assert_array_equal(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("backend", DECODING)
+@pytest.mark.parametrize("make", [gptq, awq])
+def test_queries_keys_and_values_in_one_tensor_are_its_columns(
+    make: Callable[..., Case], backend: str, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    qkv, o = make(INPUTS, 64 + 24 + 24, rng), make(64, INPUTS, rng)
+    tensors = {f"model.layers.0.self_attn.qkv_proj.{field}": tensor for field, tensor in qkv.fields.items()}
+    tensors |= {f"model.layers.0.self_attn.o_proj.{field}": tensor for field, tensor in o.fields.items()}
+    stated = {"model_type": "phi3", "num_attention_heads": 8, **config(make.__name__)}
+    folder = write_model(tmp_path, tensors, stated)
+    q, k, v = np.split(qkv.dense, [64, 64 + 24])
+    check_statistics(folder, {"q": q, "o": o.dense}, backend)
+    found = llmfp.scan(folder, backend=backend).main
+    np.testing.assert_allclose([found.std["k"], found.std["v"]], [[k.std()], [v.std()]], rtol=1e-6)
 
 
 # --- slices of real checkpoints --------------------------------------------------------------------------------------
