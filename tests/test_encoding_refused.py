@@ -29,7 +29,7 @@ FORMATS: dict[str, tuple[dict[str, tuple[str, tuple[int, ...]]], str]] = {
         "q_proj.weight' is I16 [16, 64] of HIGGS",
     ),
     "eetq": ({"weight": ("I8", (64, 64)), "weight_scales": ("F16", (64,))}, "q_proj.weight' is I8 [64, 64] of EETQ"),
-    "bitnet": ({"weight": ("U8", (16, 64)), "weight_scale": ("BF16", (1,))}, "weight' is U8 [16, 64] with scales"),
+    "bitnet": ({"weight": ("U8", (16, 64)), "weight_scale": ("BF16", (1,))}, "weight' is U8 [16, 64], with"),
     "new": ({"weight": ("U8", (32, 64))}, "q_proj.weight' is stored as U8"),
     "float8": ({"weight": ("F8_E4M3", (64, 64))}, "q_proj.weight' is F8_E4M3 (quantised as"),
 }  # fmt: skip

@@ -25,9 +25,9 @@ _ZERO = "weight_zero_point"
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
     """See llmfp.encoding.encoded."""
-    if spec.dtype == "U8":  # two 4-bit floats to a byte, as Quark names them
-        return mxfp4.encode(checkpoint, spec, siblings)
     field, scale = next((f, s) for f in _SCALES if (s := siblings.find(f, SCALES)) is not None)
+    if spec.dtype == "U8" and scale.dtype in ("U8", "F8_E8M0"):  # two 4-bit floats to a byte, as Quark names them
+        return mxfp4.encode(checkpoint, spec, siblings)
     if spec.dtype not in _CODES or len(spec.shape) != 2:
         raise refusal(
             checkpoint,
