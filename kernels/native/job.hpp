@@ -55,7 +55,7 @@ struct Scratch {
 };
 
 constexpr size_t SCRATCH_BYTES_PER_COLUMN = 2 * 4 + 4 * 4 + 4 * 8 + 8 + 1;
-constexpr size_t STAGE_BYTES = 32 * 512 * 4;
+constexpr size_t STAGE_BYTES = 32 * 512 * 4 + 64; // decoding may write a vector too many
 
 inline Scratch lay_out(unsigned char *memory, size_t cols) {
     const size_t n = padded(cols);

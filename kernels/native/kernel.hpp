@@ -128,7 +128,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
                 const size_t n = smaller(job.cols - column, SEGMENT), stop = column + n;
                 float *stage = s.stage;
                 for (int r = 0; r < R; r++) {
-                    decode(job, row + static_cast<size_t>(r), column, n, stage + r * SEGMENT);
+                    decode<L>(job, row + static_cast<size_t>(r), column, n, stage + r * SEGMENT);
                     for (size_t j = n; j < padded(n); j++) stage[r * SEGMENT + j] = 0;
                 }
                 for (; column < stop; column += BLOCK, stage += BLOCK)
@@ -191,7 +191,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             for (size_t i = row; i < row + rows; i++)
                 for (size_t j = column, n; j < column + cols; j += n) {
                     n = smaller(column + cols - j, STAGE_COLS);
-                    decode(job, i, j, n, x);
+                    decode<L>(job, i, j, n, x);
                     for (size_t k = 0; k < n; k++)
                         if (x[k] != 0) return false;
                 }
@@ -216,7 +216,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
                 n = smaller(job.cols - column, SEGMENT);
                 float *stage = job.scratch.stage;
                 for (size_t i = 0; i < rows; i++) {
-                    decode(job, row + i, column, n, stage + i * SEGMENT);
+                    decode<L>(job, row + i, column, n, stage + i * SEGMENT);
                     for (size_t j = n; j < padded(n); j++) stage[i * SEGMENT + j] = 0;
                 }
                 for (size_t j = 0; j < padded(n); j += 16) {
@@ -421,7 +421,7 @@ template <class L, Dtype D, bool STAGED> struct Exact {
         magnitude = 0;
         for (size_t j = 0, n; j < job.cols; j += n) {
             n = smaller(job.cols - j, STAGE_COLS);
-            llmfp::decode(job, row, j, n, x + j);
+            llmfp::decode<L>(job, row, j, n, x + j);
         }
         for (size_t j = 0; j < job.cols; j++) {
             const double m = x[j] < 0 ? -x[j] : x[j];
@@ -541,7 +541,7 @@ template <class L, Dtype D, bool STAGED> struct Exact {
             if (!(wsum[j] - wsum[j] == 0)) // as for rows: did a product overflow, or only the sum?
                 for (size_t i = row; i < row + rows; i++) {
                     double x;
-                    if constexpr (STAGED) llmfp::decode(job, i, j, 1, &x);
+                    if constexpr (STAGED) llmfp::decode<L>(job, i, j, 1, &x);
                     else x = decoded(bits_at<D>(job.data + i * job.row_stride + j * ITEM));
                     const double t = x * static_cast<double>(job.row_weight[i]);
                     bad |= !(t - t == 0);

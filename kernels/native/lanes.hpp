@@ -107,6 +107,22 @@ struct Scalar {
             for (float &l : a.lane) l = x;
             return a;
         }
+        // Sixteen bytes as numbers; as signed ones; as places in a table of 16; as small floats, NaN not among them.
+        static F32 bytes(const uint8_t *q) { return each([=](int l) { return static_cast<float>(q[l]); }); }
+        static F32 signed_bytes(const uint8_t *q) {
+            return each([=](int l) { return static_cast<float>(static_cast<int8_t>(q[l])); });
+        }
+        static F32 look_up(const float *table, const uint8_t *q) {
+            return each([=](int l) { return table[q[l] & 15]; });
+        }
+        template <Dtype D> static F32 small_floats(const uint8_t *q) {
+            return each([=](int l) { return value_of<D>(q[l]) * static_cast<float>(Format<D>::SCALE); });
+        }
+        template <class F> static F32 each(F f) {
+            float lane[16];
+            for (int l = 0; l < 16; l++) lane[l] = f(l);
+            return load(lane);
+        }
         friend F32 operator+(F32 a, F32 b) {
             for (int l = 0; l < 16; l++) a.lane[l] += b.lane[l];
             return a;
@@ -192,6 +208,23 @@ struct Avx512 {
         static LLMFP_INLINE F32 load(const float *p) { return {_mm512_loadu_ps(p)}; }
         static LLMFP_INLINE F32 splat(float x) { return {_mm512_set1_ps(x)}; }
         LLMFP_INLINE void store(float *p) const { _mm512_storeu_ps(p, v); }
+        static LLMFP_INLINE __m128i sixteen(const uint8_t *q) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i *>(q));
+        }
+        static LLMFP_INLINE F32 bytes(const uint8_t *q) {
+            return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen(q)))};
+        }
+        static LLMFP_INLINE F32 signed_bytes(const uint8_t *q) {
+            return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(q)))};
+        }
+        static LLMFP_INLINE F32 look_up(const float *table, const uint8_t *q) {
+            return {_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(sixteen(q)), _mm512_loadu_ps(table))};
+        }
+        template <Dtype D> static LLMFP_INLINE F32 small_floats(const uint8_t *q) {
+            __m256i half = _mm256_slli_epi16(_mm256_cvtepu8_epi16(sixteen(q)), 8);
+            if constexpr (D == Dtype::F8_E4M3) half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16(-0x4080));
+            return F32{_mm512_cvtph_ps(half)} * splat(static_cast<float>(Format<D>::SCALE));
+        }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
         friend LLMFP_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
         friend LLMFP_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -285,6 +318,36 @@ struct Avx2 {
         static LLMFP_INLINE F32 load(const float *p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
         static LLMFP_INLINE F32 splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
         LLMFP_INLINE void store(float *p) const { _mm256_storeu_ps(p, v[0]), _mm256_storeu_ps(p + 8, v[1]); }
+        static LLMFP_INLINE __m128i eight(const uint8_t *q) {
+            return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(q));
+        }
+        static LLMFP_INLINE F32 bytes(const uint8_t *q) {
+            return {{_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(q))),
+                     _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(q + 8)))}};
+        }
+        static LLMFP_INLINE F32 signed_bytes(const uint8_t *q) {
+            return {{_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(q))),
+                     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight(q + 8)))}};
+        }
+        static LLMFP_INLINE F32 look_up(const float *table, const uint8_t *q) {
+            const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+            F32 x;
+            for (int i = 0; i < 2; i++) {
+                const __m256i at = _mm256_cvtepu8_epi32(eight(q + 8 * i)); // bit 3, moved to the sign, picks the half
+                x.v[i] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
+                                          _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+            }
+            return x;
+        }
+        template <Dtype D> static LLMFP_INLINE F32 small_floats(const uint8_t *q) {
+            F32 x;
+            for (int i = 0; i < 2; i++) {
+                __m128i half = _mm_slli_epi16(_mm_cvtepu8_epi16(eight(q + 8 * i)), 8);
+                if constexpr (D == Dtype::F8_E4M3) half = _mm_and_si128(_mm_srai_epi16(half, 1), _mm_set1_epi16(-0x4080));
+                x.v[i] = _mm256_cvtph_ps(half);
+            }
+            return x * splat(static_cast<float>(Format<D>::SCALE));
+        }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
             return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
         }
@@ -411,6 +474,22 @@ struct Neon {
         }
         LLMFP_INLINE void store(float *p) const {
             for (int i = 0; i < 4; i++) vst1q_f32(p + 4 * i, v[i]);
+        }
+        // Sixteen bytes as numbers; as signed ones; as places in a table of 16; as small floats, NaN not among them.
+        static F32 bytes(const uint8_t *q) { return each([=](int l) { return static_cast<float>(q[l]); }); }
+        static F32 signed_bytes(const uint8_t *q) {
+            return each([=](int l) { return static_cast<float>(static_cast<int8_t>(q[l])); });
+        }
+        static F32 look_up(const float *table, const uint8_t *q) {
+            return each([=](int l) { return table[q[l] & 15]; });
+        }
+        template <Dtype D> static F32 small_floats(const uint8_t *q) {
+            return each([=](int l) { return value_of<D>(q[l]) * static_cast<float>(Format<D>::SCALE); });
+        }
+        template <class F> static F32 each(F f) {
+            float lane[16];
+            for (int l = 0; l < 16; l++) lane[l] = f(l);
+            return load(lane);
         }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
             for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
