@@ -223,11 +223,11 @@ def test_a_hostile_state_is_refused_by_name(case: str, tmp_path: Path) -> None:
 
 FOUR, NESTING, EIGHT = partial(layer, four_bits), partial(layer, four_bits, nested=True), partial(layer, eight_bits)
 TENSORS: dict[str, tuple[Callable[[], dict[str, Case]], Changed, str]] = {
-    "no state": (FOUR, {STATE: None}, rf"'{Q}.weight' is quantised by bitsandbytes and has 0 of weig"),
+    "no state": (FOUR, {STATE: None}, rf"'{Q}.weight' is U8; {Q}.weight.absmax needs one .*, not 0$"),
     "two states": (
         FOUR,
         {"weight.quant_state.bitsandbytes__fp4": text(SAID)},
-        rf"'{Q}.weight' is quantised by bitsandbytes and has 2 of weight.quant_state",
+        rf"'{Q}.weight' is U8; {Q}.weight.absmax needs one weight.quant_state.*, not 2$",
     ),
     "no scales": (FOUR, {"weight.absmax": None}, rf"'{Q}.weight' is quant.* {Q}.weight.absmax is miss"),
     "no table": (FOUR, {"weight.quant_map": None}, rf"'{Q}.weight' .* {Q}.weight.quant_map is missing"),

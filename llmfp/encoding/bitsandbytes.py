@@ -23,12 +23,16 @@ _AGAIN = "fetch the file again, or save the model with today's bitsandbytes"
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
     """See llmfp.encoding.encoded."""
-    scale = siblings.find("SCB", ("F32",), spec.shape[:1])
-    if scale is None:
+    if (scale := siblings.find("SCB", ("F32",))) is None:
         return _four_bits(checkpoint, spec, siblings)
     if spec.dtype != "I8" or len(spec.shape) != 2:
-        raise refusal(checkpoint, spec, f"is {spec.dtype} {list(spec.shape)}, not I8 of two dimensions", _AGAIN)
-    parts = [("SCB", scale)]
+        raise refusal(
+            checkpoint,
+            spec,
+            f"is {spec.dtype} {list(spec.shape)} with {scale.name} beside it, not I8 of two dimensions",
+            _AGAIN,
+        )
+    parts = [("SCB", siblings.need("SCB", ("F32",), spec.shape[:1]))]
     order = siblings.find("weight_format", ("U8",), ())
     if order is not None:
         parts.append(("weight_format", order))
@@ -67,7 +71,7 @@ def _four_bits(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> 
         raise refusal(
             checkpoint,
             spec,
-            f"is quantised by bitsandbytes and has {len(found)} of {' and '.join(fields)} beside it, not one",
+            f"is {spec.dtype}; {spec.name}.absmax needs one {' or '.join(fields)} beside it, not {len(found)}",
             _AGAIN,
         )
     ((field, state),) = found

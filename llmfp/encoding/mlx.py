@@ -29,7 +29,8 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
         raise refusal(
             checkpoint,
             spec,
-            f"is {spec.dtype} {list(spec.shape)} with scales beside it, which is no known format",
+            f"is {spec.dtype} {list(spec.shape)} with {spec.name.removesuffix('weight')}scales beside it, "
+            "which is no known format",
             "scan the unquantised checkpoint",
         )
     stated = _stated(settings(checkpoint), spec.name.rpartition(".")[0])
