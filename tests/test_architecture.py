@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -754,6 +755,19 @@ def test_real_names_are_matched_whole(listing: str, shared_data: Path) -> None:
 def test_every_real_listing_is_tested(shared_data: Path) -> None:
     quantised = {"qwen3-mlx-Qwen3-14B-MLX-4bit"}
     assert {path.stem for path in (shared_data / "tensor_names").glob("*.json")} == {*LISTINGS, *quantised}
+
+
+def test_real_names_of_a_quantised_checkpoint(shared_data: Path) -> None:
+    path = shared_data / "tensor_names" / "qwen3-mlx-Qwen3-14B-MLX-4bit.json"
+    names = json.loads(path.read_text())["names"]
+    shapes = {"proj.weight": (64, 8), "proj.scales": (64, 1), "proj.biases": (64, 1)}
+    config = {"model_type": "qwen3", "quantization": {"bits": 4, "group_size": 64}}
+    plain = checkpoint_of(names, shapes, config)
+    words = {n: replace(s, dtype="U32") if n.endswith("proj.weight") else s for n, s in plain.tensors.items()}
+    attention = match(replace(plain, tensors=words))
+    assert projection_names(attention) == {f"model.layers.{n}.{end}.weight" for n in range(40) for end in SEPARATE}
+    assert {p.view.tensor.shape for p in main_of(attention).projections} == {(64, 64)}
+    assert not [name for name in attention.skipped if "self_attn" in name and "norm" not in name]
 
 
 def projection_names(attention: AttentionMap, tower: str | None = None) -> set[str]:
