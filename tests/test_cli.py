@@ -130,7 +130,7 @@ def test_debug_adds_the_traceback_and_changes_nothing_else(tmp_path: Path, run_m
 
 
 def test_what_nobody_expected_is_one_line_too(checkpoint: Path, run_main: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llmfp.api, "match", lambda _: 1 / 0)
+    monkeypatch.setattr(llmfp.api, "match", lambda *_: 1 / 0)
     code, stdout, stderr = run_main("scan", checkpoint)
     assert (code, stdout) == (2, "")
     assert stderr.splitlines()[0] == "error: ZeroDivisionError: division by zero"
@@ -196,7 +196,7 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
     found = scanned(run_main, checkpoint)
     assert set(found) == SCAN_KEYS
     assert found["schema"] == "llmfp.fingerprint/1"
-    assert set(found["source"]) == {"name", "revision", "model_type", "files"}
+    assert set(found["source"]) == {"name", "base", "revision", "model_type", "files"}
     assert found["source"]["name"] == "small-llama"
     assert set(found["source"]["files"][0]) == {"name", "bytes", "sha256"}
     assert (found["architecture"], found["layers"]) == ("llama", [0, 1, 2])

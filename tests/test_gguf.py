@@ -20,6 +20,7 @@ from llmfp.checkpoint import open_checkpoint
 from llmfp.encoding.ggml import TYPES
 from llmfp.errors import LlmfpError
 from llmfp.kernels import Backend
+from llmfp.report import terminal
 from tests.checkpoints import SPREAD
 
 HIDDEN, HEADS, KV_HEADS = 256, 4, 2
@@ -82,7 +83,10 @@ def test_every_type_the_package_writes_is_read_to_its_sigma(kind: str, tmp_path:
         by_head = by_head.reshape(-1, HIDDEN // HEADS * by_head.shape[1])
         np.testing.assert_allclose(found.main.head_std(role)[0], by_head.std(axis=1), rtol=1e-6)
     assert (found.main.heads, found.main.kv_heads, found.main.hidden_size) == (HEADS, KV_HEADS, HIDDEN)
-    plan = api.plan(path).to_json()
+    planned = api.plan(path)
+    words = kind if kind in ("F32", "F16", "BF16") else f"{kind}, blocks of"
+    assert terminal.plan_table(planned).count(f".weight ({words}") == 4
+    plan = planned.to_json()
     assert all((each["encoding"] is None) == (kind in ("F32", "F16", "BF16")) for each in plan["reads"])
     assert plan["bytes_read"] == found.run["bytes_read"]
 

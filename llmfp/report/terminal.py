@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from llmfp.architecture.specs import ROLES, Role
+from llmfp.checkpoint import TensorSpec
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.plan import Plan
 from llmfp.report import printable
@@ -41,7 +42,7 @@ def plan_table(plan: Plan) -> str:
             tower = task.tower
         roles = "".join(str(p.role).upper() for p in task.projections) + (" twice" if task.second_read else "")
         nbytes = sum(p.view.nbytes for p in task.projections)
-        lines.append(f"{task.layer:>5}  {roles:<9} {nbytes:>15,}  {task.tensor.name}")
+        lines.append(f"{task.layer:>5}  {roles:<9} {nbytes:>15,}  {task.tensor.name} ({_stored_as(task.tensor)})")
     lines += ["", f"skipped {'bytes':>25}  pattern"]
     lines += [
         f"{each['count']:>7,} {each['bytes']:>25,}  {each['pattern']} ({each['reason']})" for each in plan.skipped
@@ -51,10 +52,17 @@ def plan_table(plan: Plan) -> str:
         "",
         f"reads {plan.total_bytes:,} of {stored:,} bytes ({100 * plan.total_bytes / max(stored, 1):.1f} %):",
         f"attention {plan.attention_bytes:,}, again for LayerNorm {plan.second_read_bytes:,}, "
-        f"norm gains {plan.gain_bytes:,}, biases {plan.bias_bytes:,}, headers {plan.header_bytes:,}",
+        f"norm gains {plan.gain_bytes:,}, biases {plan.bias_bytes:,}, headers {plan.header_bytes:,}, "
+        f"scales {plan.scale_bytes:,}, adapter {plan.adapter_bytes:,}",
     ]
     lines += [f"caveat: {caveat}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
     return "\n".join(map(printable, lines))
+
+
+def _stored_as(tensor: TensorSpec) -> str:
+    """A tensor's dtype or encoding, and what an adapter adds to it."""
+    stored = tensor.dtype if tensor.encoding is None else tensor.encoding.label
+    return stored if tensor.lora is None else f"{stored} + adapter of rank {tensor.lora.a.shape[0]}"
 
 
 def size(nbytes: int) -> str:
