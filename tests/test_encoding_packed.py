@@ -1,6 +1,7 @@
 """compressed-tensors, MXFP4, NVFP4 and MLX: packed here by other means than they are unpacked by.
 
-Compared by hand with compressed-tensors 0.20 (pack-quantized, 2 to 8 bits) when this was written.
+When this was written, also compared by hand with what compressed-tensors 0.20 packs (2 to 8 bits, with and without
+zeros) and what mlx 0.32 makes of its own quantize, in every mode and width.
 """
 
 from __future__ import annotations
@@ -208,7 +209,19 @@ def test_what_mlx_s_config_does_not_say_is_not_guessed(stated: dict[str, Any], t
     assert "config.json" in error_of(folder)
 
 
-@pytest.mark.parametrize("bits", [3, 9, None, "4"])
+@pytest.mark.parametrize("bits", [3, 9, None, "4", [4], {}])
 def test_bits_that_do_not_make_these_words_are_refused(bits: Any, tmp_path: Path) -> None:
     folder = write_quantised(tmp_path, dict.fromkeys(ROLES, CT), packed_config(bits), heads=HEADS)
     assert "weight_packed" in error_of(folder)
+
+
+def test_zeros_that_config_json_promises_must_be_there(tmp_path: Path) -> None:
+    folder = write_quantised(tmp_path, dict.fromkeys(ROLES, CT), packed_config(4, symmetric=False), heads=HEADS)
+    assert "weight_zero_point is missing" in error_of(folder)
+
+
+@pytest.mark.parametrize("form", ["marlin-24", "sparse-24-bitmask"])
+def test_other_formats_of_the_library_are_refused_by_name(form: str, tmp_path: Path) -> None:
+    config = packed_config(4)
+    config["quantization_config"]["format"] = form
+    assert form in error_of(write_quantised(tmp_path, dict.fromkeys(ROLES, CT), config, heads=HEADS))

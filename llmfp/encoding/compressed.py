@@ -12,6 +12,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.encoding import mxfp4, nvfp4
@@ -19,12 +20,17 @@ from llmfp.encoding.specs import Encoding, Siblings, kept_bytes, read_small, ref
 from llmfp.marginals import Chunk, Coding
 
 _FLOATS = ("F16", "BF16", "F32")
+_REFUSED = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "mxfp6-pack-quantized")
 _INTEGERS = {"I64": "<2q", "I32": "<2i"}
 _BELONG = "do config.json and the weights belong together?"
 
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
     """See llmfp.encoding.encoded."""
+    if (form := settings(checkpoint).get("format")) in _REFUSED:
+        raise refusal(
+            checkpoint, spec, f"is stored as {form}, which is not supported", "scan the unquantised checkpoint"
+        )
     if spec.dtype == "U8":
         if siblings.find("weight_global_scale", ("F32",)) is not None:
             return nvfp4.encode(checkpoint, spec, siblings)
@@ -38,7 +44,7 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
     scale = siblings.need("weight_scale", _FLOATS)
     index = siblings.find("weight_g_idx", ("I32", "I64"), (cols,))
     entries, size = _groups(checkpoint, scale, rows, cols)
-    zero = siblings.find("weight_zero_point", ("I32", "I8"))
+    zero = (siblings.find if _symmetric(checkpoint) else siblings.need)("weight_zero_point", ("I32", "I8"))
     if zero is not None:
         packed = -(-entries[0] * bits // 32) if zero.dtype == "I32" else entries[0]
         siblings.find("weight_zero_point", (zero.dtype,), (packed, entries[1]))
@@ -73,15 +79,25 @@ def _shape(checkpoint: Checkpoint, spec: TensorSpec) -> tuple[int, int]:
     return rows, cols
 
 
+def _stated_weights(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    """What config.json says of weights, once per group of layers."""
+    groups = settings(checkpoint).get("config_groups")
+    weights = (
+        [each.get("weights") for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
+    )
+    return [each for each in weights if isinstance(each, dict)]
+
+
+def _symmetric(checkpoint: Checkpoint) -> bool:
+    """Whether there may be no zeros: some layers' codes stand for themselves, or nothing is said."""
+    stated = _stated_weights(checkpoint)
+    return not stated or any(weights.get("symmetric") is not False for weights in stated)
+
+
 def _bits(checkpoint: Checkpoint, spec: TensorSpec, rows: int, cols: int) -> int:
     """The number of bits, of those config.json states for any layers, that makes rows of so many words."""
-    stated: set[int] = set()
-    groups = settings(checkpoint).get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        bits = weights.get("num_bits") if isinstance(weights, dict) else None
-        if isinstance(bits, int) and 2 <= bits <= 8:
-            stated.add(bits)
+    numbers = [weights.get("num_bits") for weights in _stated_weights(checkpoint)]
+    stated = {bits for bits in numbers if isinstance(bits, int) and 2 <= bits <= 8}
     possible = sorted(bits for bits in stated if spec.shape == (rows, -(-cols * bits // 32)))
     if len(possible) == 1:
         return possible[0]
