@@ -3,6 +3,7 @@
     import llmfp
     fp = llmfp.scan("path/to/checkpoint")
     fp.std["q"]                # σ of every layer's query projection
+    llmfp.compare(fp, "path/to/another").verdict
 
 Importing this package imports neither torch nor NumPy; a scan on the CPU does not either.
 """
@@ -15,17 +16,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from llmfp.api import load, scan
+    from llmfp.api import compare, load, scan
     from llmfp.errors import LlmfpError
+    from llmfp.evidence.comparison import Comparison
     from llmfp.fingerprint import Fingerprint
 
 _HOME = {
+    "Comparison": "llmfp.evidence.comparison",
     "Fingerprint": "llmfp.fingerprint",
     "LlmfpError": "llmfp.errors",
+    "compare": "llmfp.api",
     "load": "llmfp.api",
     "scan": "llmfp.api",
 }
-__all__ = ["Fingerprint", "LlmfpError", "__version__", "load", "scan"]
+__all__ = ["Comparison", "Fingerprint", "LlmfpError", "__version__", "compare", "load", "scan"]
 
 
 def __getattr__(name: str) -> Any:

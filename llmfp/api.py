@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfp import __version__, engine
 from llmfp import fingerprint as fingerprints
@@ -18,6 +18,9 @@ from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.kernels import Backend, select
 from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
+
+if TYPE_CHECKING:
+    from llmfp.evidence.comparison import Comparison
 
 
 def scan(
@@ -74,6 +77,37 @@ def plan(
     checkpoint, attention, chosen, opened = _open(Path(source), base, tower, backend, reader, probe=False)
     opened.close()
     return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+
+
+def compare(
+    a: str | os.PathLike[str] | Fingerprint,
+    b: str | os.PathLike[str] | Fingerprint,
+    *,
+    tower: str | None = None,
+    alpha: float = 1e-3,
+    permutations: int = 100_000,
+    null: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Comparison:
+    """The evidence that two models share weights' ancestry: sources, which are scanned, or fingerprints.
+
+    tower         compared in both; each model's main tower when None
+    alpha         the level of the verdict, over all tests together
+    permutations  drawn for each permutation test; no p is below 1 / (1 + permutations)
+    null          a file of further unrelated models (see llmfp.evidence.null), beside those shipped
+    seed          of the draws: the same seed, the same p
+
+    Raises LlmfpError, one line.
+    """
+    from llmfp.evidence import comparison  # imports NumPy
+    from llmfp.evidence import null as nulls
+
+    models = nulls.load(null)
+    only = tower if tower == "vision" else None  # the others are read together, and say more so
+    first, second = (each if isinstance(each, Fingerprint) else scan(each, tower=only) for each in (a, b))
+    return comparison.compare(
+        first, second, tower=tower, alpha=alpha, permutations=permutations, null=models, seed=seed
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Fingerprint:

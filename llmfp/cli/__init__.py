@@ -8,7 +8,7 @@ import click
 
 import llmfp
 
-COMMANDS = ("scan", "plan", "show", "backends")
+COMMANDS = ("scan", "plan", "show", "compare", "backends")
 
 
 class LazyGroup(click.Group):

@@ -1,0 +1,89 @@
+"""llmfp-fast compare: what two models' attention weights say about shared ancestry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmfp import api
+from llmfp.checkpoint.adapter import is_adapter
+from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
+from llmfp.cli.progress import ProgressBar
+from llmfp.fingerprint import Fingerprint
+from llmfp.plan import Plan
+from llmfp.report import terminal
+
+EXPECTED = {"related": "related", "none": "none_detected"}
+
+
+@click.command("compare", short_help="Weigh the evidence that two models share ancestry.")
+@click.argument("a", type=click.Path(path_type=Path, readable=False))
+@click.argument("b", type=click.Path(path_type=Path, readable=False))
+@click.option(
+    "--alpha",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=1e-3,
+    show_default=True,
+    help="Level of the verdict, over all tests together.",
+)
+@click.option("--expect", type=click.Choice(list(EXPECTED)), help="Exit with 1 where the verdict is another.")
+@click.option(
+    "--permutations",
+    type=click.IntRange(1, 100_000_000),
+    default=100_000,
+    show_default=True,
+    help="Drawn for each permutation test.",
+)
+@click.option(
+    "--null",
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
+    help="Further unrelated models for the profile, in JSON.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
+@json_option
+@reading_options
+@verbose_option
+@debug_option
+def command(
+    a: Path,
+    b: Path,
+    expect: str | None,
+    as_json: bool,
+    verbose: bool,
+    tower: str | None,
+    base: Path | None,
+    **more: Any,
+) -> int:
+    """Compares A and B, each a model's directory, a weight file or a saved fingerprint, and says whether their
+    attention weights share ancestry, by which tests, and what those cannot see.
+
+    The verdict is related, none_detected or inconclusive; it never says that there is no relation, and never which
+    of the two came first.
+    """
+    weighing = {name: more.pop(name) for name in ("alpha", "permutations", "null", "seed")}
+    if base is not None and not (is_adapter(a) or is_adapter(b)):
+        raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
+    reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
+    found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    else:
+        from llmfp.report.comparison import comparison_page
+
+        click.echo(comparison_page(found))
+    if expect is None or found.verdict == EXPECTED[expect]:
+        return 0
+    click.echo(f"expected {EXPECTED[expect]}, found {found.verdict}", err=True)
+    return 1
+
+
+def _scan(source: Path, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
+    with ProgressBar() as bar:
+        return api.scan(source, base=base if is_adapter(source) else None, progress=bar, **reading)
+
+
+def _say_plan(plan: Plan) -> None:
+    click.echo(terminal.plan_line(plan), err=True)

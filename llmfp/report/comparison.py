@@ -1,0 +1,121 @@
+"""The page that `compare` prints: the verdict in words, what it rests on, every score, what nothing here can see."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from llmfp.evidence.comparison import Comparison, Side
+from llmfp.evidence.null import Place
+from llmfp.report import printable
+
+_WIDTH = 80
+_TITLES = {
+    "residual": "residual symmetry",
+    "heads": "head symmetry",
+    "coherence": "rotary coherence",
+    "profile": "profile",
+    "digest": "equal digests",
+}
+_COLUMNS = ("q", "k", "v", "o", "mean")
+
+
+def comparison_page(found: Comparison) -> str:
+    """All of a comparison for a terminal of 80 columns."""
+    lines = [*_wrapped(_verdict(found)), "", *_side("A", found.a), *_side("B", found.b), "", *_tests(found), ""]
+    lines += [*_scores(found), ""]
+    for missed in found.missed:
+        lines += _wrapped(missed, "would have escaped: ")
+    for caveat in found.caveats:
+        lines += _wrapped(caveat, "caveat: ")
+    return "\n".join(lines).rstrip()
+
+
+def _verdict(found: Comparison) -> str:
+    names = ", ".join(_TITLES[name] for name in found.decision.rests_on)
+    match found.verdict:
+        case "related" if "digest" in found.decision.rests_on:
+            words = "related: the attention weights of A and B are the same to the bit."
+        case "related":
+            words = (
+                "related: weights of A and B have a common origin. Two models that began from separate random values "
+                f"would agree this well with probability {_p(found.p_value)} at most ({found.basis}: {names}). A "
+                "common initial seed alone can have the same effect, weakly; which model came first is not shown."
+            )
+        case "none_detected":
+            words = (
+                f"none detected: {names} could have shown a common origin at {found.alpha:g} and did not "
+                f"(p = {_p(found.p_value)}, {found.basis}). That does not show that there is none."
+            )
+        case _:
+            words = f"inconclusive: no test could be made here that decides at {found.alpha:g}; see what is missing."
+    return words
+
+
+def _side(letter: str, side: Side) -> list[str]:
+    shape = f"{side.architecture}, {side.tower} of {side.layers} layers, hidden {side.hidden_size}"
+    return _wrapped(f"{side.name}: {shape}", f"{letter}  ")
+
+
+def _tests(found: Comparison) -> Iterator[str]:
+    if found.residual is not None:
+        r = found.residual
+        yield from _wrapped(
+            f"z = {r.z:+.1f}, p = {_p(r.p_value)} by {r.permutations:,} permutations within blocks of {r.block} among "
+            f"{r.dims} coordinates, {r.rows} profiles in {r.layers} layers",
+            f"{_TITLES['residual']:<18} ",
+        )
+    for name, reason in found.lost.items():
+        yield from _wrapped(
+            f"{'does not count: ' if _has(found, name) else 'not made: '}{reason}", f"{_TITLES[name]:<18} "
+        )
+
+
+def _has(found: Comparison, name: str) -> bool:
+    return {"residual": found.residual, "profile": found.null}.get(name) is not None
+
+
+def _scores(found: Comparison) -> Iterator[str]:
+    profile, null = found.profile, found.null
+    yield f"{'profile of σ':<24}" + "".join(
+        f"{column.upper() if len(column) == 1 else column:>9}" for column in _COLUMNS
+    )
+    rows = (
+        ("Pearson", profile.pearson),
+        ("  without cubic trend", profile.detrended),
+        ("Wasserstein-1", profile.wasserstein),
+        ("Kullback-Leibler", profile.kl),
+    )
+    for title, scores in rows:
+        yield f"{title:<24}" + "".join(_cell(scores[column]) for column in _COLUMNS)
+        if scores is profile.pearson and null is not None:
+            yield f"{'  above so many strangers':<24}" + "".join(_rank(null, column) for column in _COLUMNS)
+    if null is not None:
+        yield from _wrapped(
+            f"Strangers: one model per family, of every kind. Of its own kind, {null.kind}, the mean is above "
+            f"{round(null.n * null.percentile / 100)} of {null.n}; p = {_p(null.p_value)}, which cannot fall below "
+            f"{_p(null.smallest_p)}."
+        )
+    for what, reason in profile.reasons.items():
+        yield from _wrapped(reason, f"  {what.upper() if len(what) == 1 else what}: ")
+
+
+def _cell(score: float | None) -> str:
+    return f"{'-':>9}" if score is None else f"{score:>9.3f}"
+
+
+def _rank(null: Place, column: str) -> str:
+    if column not in null.everywhere:
+        return f"{'-':>9}"
+    below, n = null.everywhere[column]
+    return f"{f'{below}/{n}':>9}"
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else f"{p:.2g}"
+
+
+def _wrapped(text: str, head: str = "") -> list[str]:
+    return textwrap.wrap(
+        printable(text), _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+    )
