@@ -77,7 +77,7 @@ def residual_symmetry(
     rows_a, rows_b, layers = _common_rows(a, b, pairs)
     if not len(rows_a):
         return Missing("no layer has residual profiles of the same role, finite in both models")
-    kept: NDArray[np.bool_] = np.logical_and(*((rows > -np.inf).any(axis=0) for rows in (rows_a, rows_b)))
+    kept = np.array(np.minimum(rows_a.max(axis=0), rows_b.max(axis=0)) > -np.inf)
     dims = int(np.count_nonzero(kept))
     if dims < BLOCK:
         return Missing(f"only {dims} residual coordinates carry weights in both models, and a block is {BLOCK}")

@@ -1,0 +1,52 @@
+"""`python -m bench.lineage --out DIR`: makes what DIR lacks of all specimens, fingerprints them, writes the manifest.
+
+DIR/exact/NAME/         config.json and float32 weights: what children are made from
+DIR/models/NAME/        the same in bfloat16 or quantised: what is fingerprinted
+DIR/records/NAME.json   relation, parents, roots, tokens, seed, losses, logits difference
+DIR/fingerprints/       NAME.fp.safetensors
+DIR/manifest.json       all records, and the corpora
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from graphlib import TopologicalSorter
+from multiprocessing import get_context
+from pathlib import Path
+
+from bench.lineage.laboratory import Laboratory
+from bench.lineage.specimens import specimens
+from bench.lineage.train import be_modest
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.lineage", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="these specimens and their ancestors")
+    options = parser.parse_args(arguments)
+    run(Laboratory(options.out, specimens()), options.jobs, options.only)
+
+
+def run(laboratory: Laboratory, jobs: int, only: Sequence[str] | None = None) -> None:
+    """Every specimen after its parents, `jobs` at a time."""
+    wanted = laboratory.with_ancestors(only or laboratory.table)
+    sorter = TopologicalSorter({name: laboratory.table[name].parents for name in wanted})
+    sorter.prepare()
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=be_modest) as pool:
+        running: dict[Future[str], str] = {}
+        while sorter.is_active():
+            for name in sorter.get_ready():
+                running[pool.submit(laboratory.make, name)] = name
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                print(future.result(), flush=True)
+                sorter.done(running.pop(future))
+        for line in pool.map(laboratory.fingerprint, wanted):
+            print(line, flush=True)
+    laboratory.write_manifest(wanted)
+
+
+if __name__ == "__main__":
+    main()
