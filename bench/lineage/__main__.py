@@ -31,14 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(laboratory: Laboratory, jobs: int, only: Sequence[str] | None = None) -> None:
-    """Every specimen after its parents, `jobs` at a time."""
+    """Every specimen after its parents, else in the table's order, `jobs` at a time."""
     wanted = laboratory.with_ancestors(only or laboratory.table)
+    order = {name: place for place, name in enumerate(laboratory.table)}
     sorter = TopologicalSorter({name: laboratory.table[name].parents for name in wanted})
     sorter.prepare()
+    ready: list[str] = []
+    running: dict[Future[str], str] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=be_modest) as pool:
-        running: dict[Future[str], str] = {}
         while sorter.is_active():
-            for name in sorter.get_ready():
+            ready = sorted({*ready, *sorter.get_ready()}, key=order.__getitem__)
+            while ready and len(running) < jobs:  # no more: what becomes ready meanwhile may come earlier in the table
+                name = ready.pop(0)
                 running[pool.submit(laboratory.make, name)] = name
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 print(future.result(), flush=True)

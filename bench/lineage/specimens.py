@@ -33,10 +33,17 @@ PARENTS = {"p0": "python", "p1": "python", "p2": "c", "p3": "prose"}
 OPT_PARENTS = {"o0": "python", "o1": "prose"}
 
 
-def specimens(layers: int = 12, tokens: int = 400_000) -> dict[str, Specimen]:
+def specimens(layers: int = 12, tokens: int = 320_000) -> dict[str, Specimen]:
     """By name, parents before children. tokens: that a parent is trained on; all other amounts are shares of it."""
     llama, opt = llama_config(layers), opt_config(layers)
-    table = [*_roots(llama, opt, tokens), *_continued(tokens)]
+    roots = _roots(llama, opt, tokens)
+    table = [roots.pop("p0"), *_strangers("s", llama, range(12), tokens * 3 // 8, seed=300), *_continued("p0", tokens)]
+    table += [*_strangers("s", llama, range(12, 24), tokens * 3 // 8, seed=300)]
+    table += [roots.pop("o0"), *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500), *_continued("o0", tokens * 3 // 4)]
+    table += [*_same_seed(llama, tokens), *roots.values()]
+    deeper = {**llama, "num_hidden_layers": layers * 3 // 2}
+    table += [*_strangers("deep", deeper, range(4), tokens // 4, seed=400)]
+    table += [each for root in roots.values() for each in _continued(root.name, root.tokens)]
     return {each.name: each for each in table}
 
 
@@ -49,42 +56,44 @@ def _root(name: str, relation: str, config: Config, corpus: str, tokens: int, se
     return Specimen(name, relation, (), partial(pretrain, config, seed, recipe), corpus, tokens, seed)
 
 
-def _roots(llama: Config, opt: Config, tokens: int) -> Iterator[Specimen]:
-    for index, (name, corpus) in enumerate(PARENTS.items()):
-        yield _root(name, "base", llama, corpus, tokens, seed=100 + index)
-    for index, (name, corpus) in enumerate(OPT_PARENTS.items()):
-        yield _root(name, "base", opt, corpus, tokens * 3 // 4, seed=200 + index)
-    for index in range(24):
+def _roots(llama: Config, opt: Config, tokens: int) -> dict[str, Specimen]:
+    llamas = (
+        _root(name, "base", llama, corpus, tokens, seed=100 + index)
+        for index, (name, corpus) in enumerate(PARENTS.items())
+    )
+    opts = (
+        _root(name, "base", opt, corpus, tokens * 3 // 4, seed=200 + index)
+        for index, (name, corpus) in enumerate(OPT_PARENTS.items())
+    )
+    return {each.name: each for each in (*llamas, *opts)}
+
+
+def _strangers(stem: str, config: Config, indices: range, tokens: int, seed: int) -> Iterator[Specimen]:
+    for index in indices:
         corpus = ("python", "python", "c", "prose")[index % 4]
-        yield _root(f"s{index:02}", "other seed", llama, corpus, tokens * 2 // 5, seed=300 + index)
-    for index in range(4):
-        deeper = {**llama, "num_hidden_layers": llama["num_hidden_layers"] * 3 // 2}
-        yield _root(f"deep{index}", "other seed, deeper", deeper, "python", tokens // 4, seed=400 + index)
-    for index in range(8):
-        corpus = ("python", "prose")[index % 2]
-        yield _root(f"t{index}", "other seed", opt, corpus, tokens * 3 // 10, seed=500 + index)
+        yield _root(f"{stem}{index:02}", "other seed", config, corpus, tokens, seed + index)
+
+
+def _same_seed(llama: Config, tokens: int) -> Iterator[Specimen]:
     for index, (name, corpus) in enumerate(PARENTS.items()):
-        for share, part in (("2/5", tokens * 2 // 5), ("1", tokens)):
-            if share == "2/5" or index < 2:
-                seed = 100 + index
+        for share, amount in (("2of5", tokens * 2 // 5), ("1", tokens)):
+            if share == "2of5" or name == "p0":
                 relation = "same seed, other data"
-                yield _root(
-                    f"{name}-same-seed-{share.replace('/', 'of')}", relation, llama, OTHER[corpus], part, seed, 50
-                )
+                yield _root(f"{name}-same-seed-{share}", relation, llama, OTHER[corpus], amount, 100 + index, order=50)
 
 
-def _continued(tokens: int) -> Iterator[Specimen]:
+STAGES = ("1of16", "1of8", "1of4", "1of2", "1", "2")
+"""How long training goes on, as a share of pre-training; doubled from stage to stage."""
+LAST_STAGE = {"p0": "2", "p1": "1", "o0": "1"}
+
+
+def _continued(root: str, tokens: int) -> Iterator[Specimen]:
     """A chain: each goes on from the one before, with a new optimiser, at the highest rate of pre-training."""
-    parents = PARENTS | OPT_PARENTS
-    for index, (root, corpus) in enumerate(parents.items()):
-        before, done = root, 0
-        for stage, (share, label) in enumerate(
-            ((1, "1of16"), (2, "1of8"), (4, "1of4"), (8, "1of2"), (16, "1"), (32, "2"))
-        ):
-            if label == "2" and root not in ("p0", "o0"):
-                continue
-            amount = tokens * (share - done) // 16
-            name = f"{root}-continued-{label}"
-            recipe = Recipe(OTHER[corpus], amount, seed=1000 + 10 * index + stage)
-            yield Specimen(name, "continued training", (before,), partial(train, recipe=recipe), OTHER[corpus], amount)
-            before, done = name, share
+    corpus = OTHER[(PARENTS | OPT_PARENTS)[root]]
+    before, done = root, 0
+    for stage, share in enumerate(STAGES[: STAGES.index(LAST_STAGE.get(root, "1of2")) + 1]):
+        amount = tokens * (2**stage - done) // 16
+        recipe = Recipe(corpus, amount, seed=1000 + 100 * list(PARENTS | OPT_PARENTS).index(root) + stage)
+        name = f"{root}-continued-{share}"
+        yield Specimen(name, "continued training", (before,), partial(train, recipe=recipe), corpus, amount)
+        before, done = name, 2**stage
