@@ -39,7 +39,11 @@ def specimens(layers: int = 12, tokens: int = 320_000) -> dict[str, Specimen]:
     roots = _roots(llama, opt, tokens)
     table = [roots.pop("p0"), *_strangers("s", llama, range(12), tokens * 3 // 8, seed=300), *_continued("p0", tokens)]
     table += [*_strangers("s", llama, range(12, 24), tokens * 3 // 8, seed=300)]
-    table += [roots.pop("o0"), *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500), *_continued("o0", tokens * 3 // 4)]
+    table += [
+        roots.pop("o0"),
+        *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500),
+        *_continued("o0", tokens * 3 // 4),
+    ]
     table += [*_same_seed(llama, tokens), *roots.values()]
     deeper = {**llama, "num_hidden_layers": layers * 3 // 2}
     table += [*_strangers("deep", deeper, range(4), tokens // 4, seed=400)]
