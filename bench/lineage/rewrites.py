@@ -3,7 +3,7 @@
 Every function takes a model and a seed and returns another with the same logits, up to rounding (tests/test_lineage.py
 checks 1e-9 in float64, the laboratory every specimen). Weights act from the left, y = W·x + b, on columns x.
 
-    fold_norms            W·diag(γ), b + W·β for what reads a norm's output; γ = 1, β = 0
+    fold_norms            W·diag(gain), b + W·bias for what reads a norm's output, whose gain is then 1 and bias 0
     scale_rotary_pairs    each rotary pair of a kv head's K, as a complex row, times c·exp(iθ), its query heads' times
                           exp(iθ)/c: both commute with the rotation by position
     mix_queries           where nothing rotates: K → A·K, Q → A⁻ᵀ·Q, any invertible A per kv head
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.lineage.models import Model, Weights
+from bench.lineage.models import Model, logits
 
 Rewrite = Callable[[Model, int], Model]
 
@@ -66,25 +66,11 @@ def scale_rotary_pairs(model: Model, seed: int) -> Model:
 
 
 def mix_queries(model: Model, seed: int) -> Model:
-    maps = _Maps(seed)
-    return _inside_heads(
-        model,
-        ("q", "k"),
-        lambda rows, block, group, query: (
-            torch.linalg.inv(maps(block, group, rows)).T @ rows if query else maps(block, group, rows) @ rows
-        ),
-    )
+    return _inside_heads(model, ("q", "k"), _Maps(seed))
 
 
 def mix_values(model: Model, seed: int) -> Model:
-    maps = _Maps(seed)
-    return _inside_heads(
-        model,
-        ("o", "v"),
-        lambda rows, block, group, query: (
-            torch.linalg.inv(maps(block, group, rows)).T @ rows if query else maps(block, group, rows) @ rows
-        ),
-    )
+    return _inside_heads(model, ("o", "v"), _Maps(seed))
 
 
 def permute_heads(model: Model, seed: int) -> Model:
@@ -170,7 +156,7 @@ def add_dead_heads(model: Model, seed: int) -> Model:
         new = rows.std() * _normal(seed + len(role), size, *rows.shape[1:]).to(rows.dtype)
         return torch.cat([rows, torch.zeros_like(new) if role == "o" else new])
 
-    return _with_heads(model, lambda rows, role, group: grown(rows, role, group), more=1)
+    return _with_heads(model, grown, more=1)
 
 
 def duplicate_heads(model: Model, _seed: int) -> Model:
@@ -240,17 +226,18 @@ def _orthogonal(size: int, seed: int) -> Tensor:
 
 
 class _Maps:
-    """An invertible map per layer and kv group, singular values between 1/e and e."""
+    """An invertible map A per layer and kv group, singular values between 1/e and e; A⁻ᵀ on the side of queries."""
 
     def __init__(self, seed: int) -> None:
         self.seed, self.drawn = seed, dict[tuple[str, int], Tensor]()
 
-    def __call__(self, block: str, group: int, rows: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, block: str, group: int, query: bool) -> Tensor:
         if (block, group) not in self.drawn:
             first = self.seed + 3 * len(self.drawn)
             sizes = (2 * torch.rand(len(rows), generator=torch.Generator().manual_seed(first)).double() - 1).exp()
             self.drawn[block, group] = _orthogonal(len(rows), first + 1) * sizes @ _orthogonal(len(rows), first + 2)
-        return self.drawn[block, group].to(rows.dtype)
+        chosen = self.drawn[block, group]
+        return (torch.linalg.inv(chosen).T if query else chosen).to(rows.dtype) @ rows
 
 
 def _attention(model: Model, block: str) -> dict[str, str]:
@@ -344,10 +331,5 @@ def _with_heads(model: Model, grow: Callable[[Tensor, str, int], Tensor], more: 
 
 def same_logits(a: Model, b: Model, tokens: Tensor) -> float:
     """The largest difference of logits in float64, relative to the largest logit."""
-    from bench.lineage.models import logits
-
     first, second = (logits(each.to(torch.float64), tokens) for each in (a, b))
     return float((first - second).abs().max() / first.abs().max())
-
-
-__all__ = ["LLAMA", "OPT", "Rewrite", "Weights", "same_logits"]
