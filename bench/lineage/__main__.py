@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (2)")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="these specimens and their ancestors")
+    parser.add_argument("--zoo", type=Path, metavar="DIR", help="further models, trained elsewhere")
     options = parser.parse_args(arguments)
-    run(Laboratory(options.out, specimens()), options.jobs, options.only)
+    run(Laboratory(options.out, specimens(zoo=options.zoo)), options.jobs, options.only)
 
 
 def run(laboratory: Laboratory, jobs: int, only: Sequence[str] | None = None) -> None:

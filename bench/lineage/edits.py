@@ -9,14 +9,9 @@ zero_weak_heads   O of the heads that add least to the stream
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from bench.lineage import models
 from bench.lineage.models import Model
-from bench.lineage.text import corpus, windows
-
-_WINDOWS = 64
-_CONTEXT = 128
+from bench.lineage.train import second_moments
 
 
 def add_noise(model: Model, share: float, seed: int) -> Model:
@@ -31,7 +26,7 @@ def add_noise(model: Model, share: float, seed: int) -> Model:
 def disturb_weak(model: Model, share: float, part: float, corpus_name: str, seed: int) -> Model:
     """Noise of `share` σ per element on the `part` of the eigenvectors of E[x·xᵀ] with the least eigenvalues."""
     generator = torch.Generator().manual_seed(seed)
-    moments = _second_moments(model, corpus_name)
+    moments = second_moments(model, corpus_name)
     new = model.to(torch.float32)
     for block in new.blocks:
         directions = torch.linalg.eigh(moments[f"{block}self_attn"])[1]  # from the least
@@ -77,17 +72,3 @@ def zero_weak_heads(model: Model, per_layer: int) -> Model:
         kept[weakest] = 0
         new.weights[f"{block}self_attn.{out}.weight"] = kept.transpose(0, 1).flatten(1).contiguous()
     return new
-
-
-def _second_moments(model: Model, corpus_name: str) -> dict[str, Tensor]:
-    moments: dict[str, Tensor] = {}
-
-    def observe(block: str, read: Tensor) -> None:
-        flat = read.flatten(0, -2).double()
-        moments[block] = moments.get(block, torch.zeros(())) + flat.T @ flat / len(flat)
-
-    text = windows(corpus(corpus_name).training, _WINDOWS, _CONTEXT, seed=0)
-    with torch.inference_mode():
-        for batch in text.split(16):
-            models.logits(model, batch, observe)
-    return moments

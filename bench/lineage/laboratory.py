@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from bench.lineage import models
+from bench.lineage import models, quantise, rewrites
 from bench.lineage.models import Model
 from bench.lineage.specimens import Specimen
-from bench.lineage.text import CORPORA, corpus
-from bench.lineage.train import evaluate
+from bench.lineage.text import CORPORA, corpus, windows
+from bench.lineage.train import evaluate, second_moments
+
+SAME_FUNCTION = 1e-9
+"""How far logits in float64 may differ, relative to the largest, where a rewrite changes nothing."""
 
 
 class Laboratory:
@@ -39,16 +43,29 @@ class Laboratory:
         specimen = self.table[name]
         parents = [models.load(self.out / "exact" / parent) for parent in specimen.parents]
         start = time.process_time()
-        model = specimen.make(*parents)
+        made = specimen.make(*parents)
+        difference = (
+            rewrites.same_logits(parents[0], made, self._some_text(specimen)) if specimen.same_function else None
+        )
+        if difference is not None and not difference < SAME_FUNCTION:
+            raise AssertionError(f"{name} computes something else: logits differ by {difference}")
+        model, stored = made.to(torch.float32), self.out / "models" / name
+        models.save(model, self.out / "exact" / name)
+        if specimen.stored == "bf16":
+            models.save(model.to(torch.bfloat16), stored)
+        else:
+            model = quantise.write(model, specimen.stored, stored, second_moments(model, specimen.corpus))
         record = self._record(specimen, model)
+        record |= {} if difference is None else {"logits_difference": difference}
         record["core_seconds"] = round(time.process_time() - start, 1)
-        models.save(model.to(torch.float32), self.out / "exact" / name)
-        models.save(model.to(torch.bfloat16), self.out / "models" / name)
         record_file.parent.mkdir(parents=True, exist_ok=True)
         partial = record_file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(record, indent=1))
         partial.replace(record_file)  # last: a specimen with a record is whole
         return f"{name}: {specimen.relation}, loss {record['loss']}, {record['core_seconds']} s"
+
+    def _some_text(self, specimen: Specimen) -> Tensor:
+        return windows(corpus(specimen.corpus).validation, 2, 64)
 
     def _record(self, specimen: Specimen, model: Model) -> dict[str, Any]:
         above = [json.loads((self.out / "records" / f"{parent}.json").read_text()) for parent in specimen.parents]
@@ -56,11 +73,14 @@ class Laboratory:
             "name": specimen.name,
             "relation": specimen.relation,
             "parents": list(specimen.parents),
-            "roots": sorted({root for each in above for root in each["roots"]}) or [specimen.name],
+            "roots": sorted({root for each in above for root in each["roots"]})
+            if specimen.inherits
+            else [specimen.name],
             "seed": specimen.seed,
+            "stored": specimen.stored,
             "corpus": specimen.corpus,
             "tokens": specimen.tokens,
-            "loss": {specimen.corpus: round(evaluate(model, specimen.corpus), 4)},
+            "loss": round(evaluate(model, specimen.corpus), 4),
         }
 
     def fingerprint(self, name: str) -> str:
