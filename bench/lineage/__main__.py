@@ -2,9 +2,9 @@
 
 DIR/exact/NAME/         config.json and float32 weights: what children are made from
 DIR/models/NAME/        the same in bfloat16 or quantised: what is fingerprinted
-DIR/records/NAME.json   relation, parents, roots, tokens, seed, losses, logits difference
+DIR/records/NAME.json   what was measured while it was made: loss, logits difference, seconds
 DIR/fingerprints/       NAME.fp.safetensors
-DIR/manifest.json       all records, and the corpora
+DIR/manifest.json       what every specimen is, its record, and the corpora
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import llmfp
 from bench.lineage import models, quantise, rewrites
-from bench.lineage.models import Model
 from bench.lineage.specimens import Specimen
 from bench.lineage.text import CORPORA, corpus, windows
 from bench.lineage.train import evaluate, second_moments
+from llmfp.fingerprint import SUFFIX
 
 SAME_FUNCTION = 1e-9
 """How far logits in float64 may differ, relative to the largest, where a rewrite changes nothing."""
@@ -55,8 +56,9 @@ class Laboratory:
             models.save(model.to(torch.bfloat16), stored)
         else:
             model = quantise.write(model, specimen.stored, stored, second_moments(model, specimen.corpus))
-        record = self._record(specimen, model)
-        record |= {} if difference is None else {"logits_difference": difference}
+        record: dict[str, Any] = {"loss": round(evaluate(model, specimen.corpus), 4)}
+        if difference is not None:
+            record["logits_difference"] = difference
         record["core_seconds"] = round(time.process_time() - start, 1)
         record_file.parent.mkdir(parents=True, exist_ok=True)
         partial = record_file.with_suffix(f".{os.getpid()}")
@@ -67,30 +69,40 @@ class Laboratory:
     def _some_text(self, specimen: Specimen) -> Tensor:
         return windows(corpus(specimen.corpus).validation, 2, 64)
 
-    def _record(self, specimen: Specimen, model: Model) -> dict[str, Any]:
-        above = [json.loads((self.out / "records" / f"{parent}.json").read_text()) for parent in specimen.parents]
-        return {
-            "name": specimen.name,
-            "relation": specimen.relation,
-            "parents": list(specimen.parents),
-            "roots": sorted({root for each in above for root in each["roots"]})
-            if specimen.inherits
-            else [specimen.name],
-            "seed": specimen.seed,
-            "stored": specimen.stored,
-            "corpus": specimen.corpus,
-            "tokens": specimen.tokens,
-            "loss": round(evaluate(model, specimen.corpus), 4),
-        }
-
     def fingerprint(self, name: str) -> str:
-        return f"{name}: later"
+        """Scans what is stored of a specimen, and says in a line what came of it."""
+        kept = self.out / "fingerprints" / f"{name}{SUFFIX}"
+        if kept.exists():
+            return f"{name}: fingerprint there"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        llmfp.scan(self.out / "models" / name, deep=True, threads=1).save(kept)
+        return f"{name}: fingerprint of {kept.stat().st_size} bytes"
 
     def write_manifest(self, names: Iterable[str]) -> None:
-        records = [json.loads((self.out / "records" / f"{name}.json").read_text()) for name in names]
         texts = {
             name: {"sha256": corpus(name).digest, "unigram_loss": round(corpus(name).unigram_loss, 4)}
             for name in CORPORA
         }
-        manifest = {"corpora": texts, "specimens": records}
+        manifest = {"corpora": texts, "specimens": [self._described(name) for name in names]}
         (self.out / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        specimen = self.table[name]
+        return {
+            "name": name,
+            "relation": specimen.relation,
+            "parents": list(specimen.parents),
+            "roots": sorted(self.roots(name)),
+            "seed": specimen.seed,
+            "stored": specimen.stored,
+            "corpus": specimen.corpus,
+            "tokens": specimen.tokens,
+            **json.loads((self.out / "records" / f"{name}.json").read_text()),
+        }
+
+    def roots(self, name: str) -> set[str]:
+        """The independently initialised models that its weights come from."""
+        specimen = self.table[name]
+        if not (specimen.parents and specimen.inherits):
+            return {name}
+        return set().union(*(self.roots(parent) for parent in specimen.parents))
