@@ -9,12 +9,13 @@ from typing import Any
 import click
 
 from llmfp import api
-from llmfp.cli.options import debug_option, json_option, reading_options
+from llmfp.cli.options import debug_option, deep_option, json_option, reading_options
 from llmfp.report import terminal
 
 
 @click.command("plan", short_help="Say what a scan would read and skip, without reading a weight.")
 @click.argument("source", type=click.Path(path_type=Path, readable=False))
+@deep_option(False, "Plan a scan that looks at what heads compute.")
 @json_option
 @reading_options
 @debug_option
