@@ -60,7 +60,6 @@ def specimens(layers: int = 12, tokens: int = 320_000, zoo: Path | None = None) 
     llama, opt = llama_config(layers), opt_config(layers)
     deeper = {**llama, "num_hidden_layers": layers * 3 // 2}
     roots = _roots(llama, opt, tokens)
-    corpora = PARENTS | OPT_PARENTS
     table = [roots["p0"], *_strangers("s", llama, range(12), tokens * 3 // 8, seed=300), *_continued(roots["p0"])]
     table += [*_strangers("s", llama, range(12, 24), tokens * 3 // 8, seed=300), *_trained(roots["p0"])]
     table += [*_distilled(roots["p0"], llama), *_grown(roots["p0"], layers), *_untrained("p0", "p0-continued-1", "c")]
@@ -73,7 +72,7 @@ def specimens(layers: int = 12, tokens: int = 320_000, zoo: Path | None = None) 
         table += [roots[name], *_continued(roots[name]), *_trained(roots[name])]
     table += [*_grown(roots["p1"], layers), *_distilled(roots["p1"], llama), *_untrained("p1", "p1-continued-1", "c")]
     table += [*_strangers("deep", deeper, range(4), tokens // 4, seed=400)]
-    table += [*_quantised(["p2", "p3", "p2-continued-1of2"], corpora, SOME_FORMATS)]
+    table += [*_quantised(["p2"], PARENTS, SOME_FORMATS)]
     table += [*_strangers("s", llama, range(24, 46), tokens * 3 // 8, seed=300)]
     return {each.name: each for each in table}
 
@@ -179,19 +178,21 @@ def _distilled(root: Specimen, llama: Config) -> Iterator[Specimen]:
 
 
 def _untrained(root: str, child: str, corpus: str) -> Iterator[Specimen]:
-    """What needs no training, of a base and of its child after continued training for as long."""
-    corpora = {root: PARENTS[root], child: corpus}
-    yield from _rewritten(root, PARENTS[root], rewrites.LLAMA)
+    """What needs no training, of a base and of its child after continued training for as long; of p0 more of it."""
+    every, disguised = {"all rewrites": rewrites.all_rewrites}, f"{child}-all-rewrites"
+    corpora = {root: PARENTS[root], child: corpus, disguised: corpus}
     yield from _rewritten(child, corpus, rewrites.LLAMA)
-    every = {"all rewrites": rewrites.all_rewrites}
     for suffix in ("tuned", "lora", "average-tuned", "shallow", "stacked", "experts"):
         yield from _rewritten(f"{root}-{suffix}", corpus, every)
-    formats = (*quantise.FORMATS, *quantise.GGUF) if root == "p0" else SOME_FORMATS
-    yield from _quantised([root], corpora, formats)
-    yield from _quantised([child, f"{child}-all-rewrites"], corpora | {f"{child}-all-rewrites": corpus}, SOME_FORMATS)
     yield from _edited(root, PARENTS[root])
     yield from _edited(child, corpus)
-    yield from _edited(f"{child}-all-rewrites", corpus)
+    if root != "p0":
+        yield from _quantised([root, child], corpora, SOME_FORMATS)
+        return
+    yield from _rewritten(root, PARENTS[root], rewrites.LLAMA)
+    yield from _quantised([root], corpora, (*quantise.FORMATS, *quantise.GGUF))
+    yield from _quantised([child, disguised], corpora, SOME_FORMATS)
+    yield from _edited(disguised, corpus)
 
 
 def _opt_rewrites(child: str, corpus: str) -> Iterator[Specimen]:
@@ -207,10 +208,9 @@ def _rewritten(parent: str, corpus: str, table: dict[str, rewrites.Rewrite]) -> 
 
 def _quantised(parents: Iterable[str], corpora: dict[str, str], formats: Iterable[str]) -> Iterator[Specimen]:
     for parent in parents:
-        corpus = corpora.get(parent) or OTHER[corpora[parent.split("-")[0]]]
         for label in formats:
             yield Specimen(
-                f"{parent}-{_slug(label)}", f"quantised: {label}", (parent,), unchanged, corpus, stored=label
+                f"{parent}-{_slug(label)}", f"quantised: {label}", (parent,), unchanged, corpora[parent], stored=label
             )
 
 
@@ -240,7 +240,7 @@ def _zoo(folder: Path) -> Iterator[Specimen]:
         relation = "continued training, 1 of pre-training"
         yield Specimen(child, relation, (base,), partial(load, folder / child), corpus)
         yield from _rewritten(child, corpus, {"all rewrites": rewrites.all_rewrites})
-        yield from _quantised([child], {child: corpus}, SOME_FORMATS)
+        yield from _quantised([child], {child: corpus}, SOME_FORMATS[:3])
         layers = 16 if base.startswith("A") else 12
         for suffix, relation, chosen in (
             ("shallow", "depth pruned, untrained", [*range(layers // 3), *range(2 * layers // 3, layers)]),
