@@ -6,9 +6,12 @@ and by what it computes; and a whole laboratory of two layers runs from nothing 
 
 from __future__ import annotations
 
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +19,11 @@ import torch
 from torch import Tensor
 
 import llmfp
-from bench.lineage import derive, edits, models, quantise, rewrites, specimens, text, train
+from bench.lineage import derive, edits, models, quantise, report, rewrites, specimens, statistics, text, train
 from bench.lineage.__main__ import run
 from bench.lineage.laboratory import Laboratory
 from bench.lineage.models import Model, initialise, llama_config, opt_config
+from bench.lineage.pairs import pairs, relation
 from bench.lineage.train import Recipe, evaluate
 
 SIZES = {"layers": 2, "hidden": 64, "heads": 4}
@@ -284,3 +288,127 @@ def test_jobs_run_after_those_they_wait_for(tmp_path: Path, monkeypatch: pytest.
     table = specimens.specimens(layers=4, tokens=4096)
     run(Recorded(tmp_path, table), 1)
     assert made == list(table)
+
+
+# --- what is said of many pairs ---------------------------------------------------------------------------------------
+
+
+def test_auc_and_threshold_are_what_they_are_called() -> None:
+    rng = np.random.default_rng(0)
+    kin, strangers = (list(map(float, rng.integers(0, 9, size))) for size in (30, 41))
+    counted = [(a > b) + (a == b) / 2 for a in kin for b in strangers]
+    assert statistics.auc(kin, strangers) == pytest.approx(sum(counted) / len(counted))
+    many = list(map(float, rng.permutation(3000)))
+    assert statistics.threshold(many) == 2996  # three of 3000 are above
+    assert statistics.threshold(many[:999]) == max(many[:999])
+
+
+def test_kolmogorov_s_distance_and_its_p() -> None:
+    values = [0.1, 0.4, 0.7]
+    grid = np.linspace(0, 1, 10_001)
+    distance = np.abs(np.searchsorted(np.sort(values), grid, side="right") / 3 - grid).max()
+    assert statistics.kolmogorov_smirnov(values) == pytest.approx(distance, abs=2e-4)
+    assert statistics.kolmogorov_p(1.358 / 100, 10_000) == pytest.approx(0.05, abs=1e-3)  # the table's 5 % point
+    rng = np.random.default_rng(1)
+    below = np.mean(
+        [statistics.kolmogorov_p(statistics.kolmogorov_smirnov(rng.random(25)), 25) <= 0.1 for _ in range(2000)]
+    )
+    assert below == pytest.approx(0.1, abs=0.02)
+
+
+def test_pairs_that_share_a_model_do_not_pass_for_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """p-values uniform one by one that depend through their models: a plain test sees structure in most draws of them,
+    those with resampled models in few; of p-values that are not uniform they see it too."""
+    monkeypatch.setattr(statistics, "_ROUNDS", 200)
+    rng, names = np.random.default_rng(3), [f"m{i}" for i in range(26)]
+    plain, resampled, skewed, matched = [], [], [], []
+    for _ in range(20):
+        effects = dict(zip(names, rng.normal(size=26), strict=True))
+        both = itertools.combinations(names, 2)
+        p_values = {frozenset((a, b)): NormalDist(0, 2**0.5).cdf(effects[a] + effects[b]) for a, b in both}
+        found = statistics.uniformity(names, p_values)
+        plain.append(statistics.kolmogorov_p(found["distance"], len(p_values)))
+        resampled.append(found["p, models drawn with replacement"])
+        matched.append(found["matchings"]["rejected at 0.05"])
+        skewed.append(statistics.uniformity(names, {pair: p**4 for pair, p in p_values.items()}))
+    assert np.mean(np.array(plain) <= 0.05) > 0.5
+    assert np.mean(np.array(resampled) <= 0.05) < 0.2
+    assert np.mean(matched) < 0.1
+    assert np.median([each["p, models drawn with replacement"] for each in skewed]) < 0.05
+    assert np.median([each["matchings"]["rejected at 0.05"] for each in skewed]) > 0.5
+
+
+def record(relation: str, *parents: str, roots: str, tokens: int = 0, seed: int | None = None) -> dict[str, Any]:
+    made = {"relation": relation, "parents": list(parents), "roots": [roots], "tokens": tokens, "seed": seed}
+    return {**made, "loss": 2.0}
+
+
+RECORDS = {
+    "a": record("base", roots="a", seed=1),
+    "b": record("base", roots="b", seed=2),
+    "s": record("other seed", roots="s", seed=3),
+    "twin": record("same seed, other data", roots="twin", seed=1),
+    "pupil": record("distilled", "a", roots="pupil", tokens=9),
+    "a1": record("continued training, 1/2 of pre-training", "a", roots="a", tokens=9),
+    "a2": record("continued training, 1 of pre-training", "a1", roots="a", tokens=9),
+    "a2-noise": record("edited: noise 50%", "a2", roots="a"),
+    "a3": record("fine-tuned", "a", roots="a", tokens=9),
+    "mean": record("average of two children", "a2", "a3", roots="a"),
+    "b1": record("continued training, 1/2 of pre-training", "b", roots="b", tokens=9),
+}
+
+
+def test_pairs_are_called_what_they_are() -> None:
+    shapes = dict.fromkeys(RECORDS, ("llama", 12, 128, 4)) | {"s": ("llama", 18, 128, 4)}
+    found = pairs(RECORDS, shapes)
+    kin = {(each.a, each.b): each.label for each in found if each.kind == "kin"}
+    assert kin == {
+        ("a", "a1"): "continued training, 1/2 of pre-training",
+        ("a", "a2"): "continued training, 1 of pre-training",
+        ("a", "a2-noise"): "continued training, 1 of pre-training, then edited: noise 50%",
+        ("a", "a3"): "fine-tuned",
+        ("a", "mean"): "average of two children",
+        ("b", "b1"): "continued training, 1/2 of pre-training",
+    }
+    assert relation("a2-noise", RECORDS) == kin["a", "a2-noise"]
+    controls = {(each.a, each.b): each.label for each in found if each.kind == "control"}
+    assert controls == {("a", "twin"): "same seed, other data", ("a", "pupil"): "distilled"}
+    cousins = {frozenset((each.a, each.b)) for each in found if each.kind == "cousins"}
+    assert cousins == {frozenset(("a1", "a3")), frozenset(("a2", "a3"))}
+    strangers = {(each.a, each.b): each.label for each in found if each.kind == "strangers"}
+    assert strangers["a", "b"] == "llama, same shape"
+    assert strangers["a", "s"] == "llama, other depth"
+    assert strangers["a1", "b1"] == "worked on, both alike"
+    assert strangers["b", "a1"] == strangers["s", "b1"] == "worked on, one of them"
+    roots = {name: set(each["roots"]) for name, each in RECORDS.items()}
+    assert not any(roots[a] & roots[b] or {a, b} == {"a", "twin"} for a, b in strangers)
+
+
+def test_tables_count_and_compare_what_they_were_given() -> None:
+    """Kin are set against strangers of their own shape; distances count as similar when they are small."""
+    shapes = dict.fromkeys(RECORDS, ("llama", 12, 128, 4)) | {"a2": ("llama", 18, 128, 4)}
+    kin = {"a1": 5.0, "a2": 1.5, "a2-noise": 3.0}
+    rng = np.random.default_rng(0)
+    found = []
+    for pair in pairs(RECORDS, shapes):
+        z = kin.get(pair.b, float(rng.uniform(-1, 1))) if pair.kind == "kin" else float(rng.uniform(-1, 1))
+        numbers = dict.fromkeys((*report.SCORES, *report.TESTS), None) | {
+            "residual z": z,
+            "KL": 2 - z,
+            "residual p": 0.5,
+        }
+        found.append(report.Found(pair, "related" if z > 1 else "none_detected", ("residual",), "exact", numbers))
+    tables = report.tables(found, RECORDS, shapes)
+    rows = {row["relation"]: row for row in tables["relations"]}
+    half = rows["continued training, 1/2 of pre-training"]
+    assert (half["pairs"], half["verdicts"]["related"], half["rests on"]) == (2, 1, {"residual": 1})
+    z, kl = half["statistics"]["residual z"], half["statistics"]["KL"]
+    assert (z["AUC"], z["true positives"]) == (kl["AUC"], kl["true positives"])
+    assert z["median"] == pytest.approx(2 - kl["median"], abs=2e-3)
+    assert half["statistics"]["heads z"] is None
+    assert [row["training"].split(" ")[2] for row in tables["tokens"][:2]] == ["1/2", "1"]
+    assert [(row["edit"], row["loss paid"]) for row in tables["edits"]] == [("noise 50%", 0.0)]
+    assert len(tables["pairs"]) == len(found)
+    text = report.markdown(tables)
+    assert "| llama: fine-tuned | 1 |" in text
+    json.loads(report._json(tables["pairs"]))

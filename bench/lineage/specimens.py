@@ -63,10 +63,10 @@ def specimens(layers: int = 12, tokens: int = 320_000, zoo: Path | None = None) 
     table = [roots["p0"], *_strangers("s", llama, range(12), tokens * 3 // 8, seed=300), *_continued(roots["p0"])]
     table += [*_strangers("s", llama, range(12, 24), tokens * 3 // 8, seed=300), *_trained(roots["p0"])]
     table += [*_distilled(roots["p0"], llama), *_grown(roots["p0"], layers), *_untrained("p0", "p0-continued-1", "c")]
-    table += [roots["o0"], *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500), *_continued(roots["o0"])]
-    table += [*_trained(roots["o0"]), *_opt_rewrites("o0-continued-1", "c"), *_edited("o0", "python")]
     if zoo is not None:
         table += _zoo(zoo)
+    table += [roots["o0"], *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500), *_continued(roots["o0"])]
+    table += [*_trained(roots["o0"]), *_opt_rewrites("o0-continued-1", "c"), *_edited("o0", "python")]
     table += [*_same_seed(llama, tokens)]
     for name in ("p1", "p2", "p3", "o1"):
         table += [roots[name], *_continued(roots[name]), *_trained(roots[name])]

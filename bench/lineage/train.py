@@ -17,7 +17,7 @@ from bench.lineage.models import Model, Weights
 from bench.lineage.text import corpus, windows
 
 BATCH, CONTEXT = 4, 128
-VALIDATION_WINDOWS = 192
+VALIDATION_WINDOWS = 64
 CALIBRATION_WINDOWS = 64
 
 
