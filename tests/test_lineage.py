@@ -340,7 +340,7 @@ def test_pairs_that_share_a_model_do_not_pass_for_independent(monkeypatch: pytes
 
 def record(relation: str, *parents: str, roots: str, tokens: int = 0, seed: int | None = None) -> dict[str, Any]:
     made = {"relation": relation, "parents": list(parents), "roots": [roots], "tokens": tokens, "seed": seed}
-    return {**made, "loss": 2.0}
+    return {**made, "loss": 2.0, "stored": relation.removeprefix("quantised: ") if "quantised" in relation else "bf16"}
 
 
 RECORDS = {
@@ -354,6 +354,8 @@ RECORDS = {
     "a2-noise": record("edited: noise 50%", "a2", roots="a"),
     "a3": record("fine-tuned", "a", roots="a", tokens=9),
     "mean": record("average of two children", "a2", "a3", roots="a"),
+    "a-q": record("quantised: MXFP4", "a", roots="a"),
+    "a2-q": record("quantised: MXFP4", "a2", roots="a"),
     "b1": record("continued training, 1/2 of pre-training", "b", roots="b", tokens=9),
 }
 
@@ -368,13 +370,16 @@ def test_pairs_are_called_what_they_are() -> None:
         ("a", "a2-noise"): "continued training, 1 of pre-training, then edited: noise 50%",
         ("a", "a3"): "fine-tuned",
         ("a", "mean"): "average of two children",
+        ("a", "a-q"): "quantised: MXFP4",
+        ("a", "a2-q"): "continued training, 1 of pre-training, then quantised: MXFP4",
         ("b", "b1"): "continued training, 1/2 of pre-training",
     }
     assert relation("a2-noise", RECORDS) == kin["a", "a2-noise"]
     controls = {(each.a, each.b): each.label for each in found if each.kind == "control"}
     assert controls == {("a", "twin"): "same seed, other data", ("a", "pupil"): "distilled"}
-    cousins = {frozenset((each.a, each.b)) for each in found if each.kind == "cousins"}
-    assert cousins == {frozenset(("a1", "a3")), frozenset(("a2", "a3"))}
+    cousins = {(each.a, each.b): each.label for each in found if each.kind == "cousins"}
+    trained = dict.fromkeys([("a1", "a3"), ("a2", "a3")], "trained children of one model")
+    assert cousins == {("a-q", "a2-q"): "both sides quantised: MXFP4", **trained}
     strangers = {(each.a, each.b): each.label for each in found if each.kind == "strangers"}
     assert strangers["a", "b"] == "llama, same shape"
     assert strangers["a", "s"] == "llama, other depth"

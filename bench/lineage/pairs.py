@@ -16,7 +16,7 @@ SEVERAL = 4
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """kind: kin (a is an independently initialised model and b comes from it), cousins, control, or strangers.
+    """kind: kin (a is an independently initialised model, b comes from it), cousins (both do), control, or strangers.
 
     label  for kin and controls how b came about; for strangers what they have in common
     """
@@ -60,7 +60,11 @@ def _kin(records: Mapping[str, Record]) -> Iterator[Pair]:
 
 
 def _cousins(records: Mapping[str, Record]) -> Iterator[Pair]:
-    """Trained children of one root that were not made of each other."""
+    """Trained children of one root that were not made of each other; kin of which both sides were quantised alike."""
+    stored = [name for name, record in records.items() if record["stored"] != "bf16"]
+    for a, b in itertools.combinations(stored, 2):
+        if records[a]["stored"] == records[b]["stored"] and records[a]["roots"] == records[b]["roots"]:
+            yield Pair("cousins", f"both sides {records[a]['relation']}", a, b)
     trained = [name for name, record in records.items() if record["parents"] and record["tokens"]]
     for a, b in itertools.combinations(trained, 2):
         chained = all(records[name]["relation"].startswith("continued") for name in (a, b))
