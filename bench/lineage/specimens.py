@@ -67,12 +67,13 @@ def specimens(layers: int = 12, tokens: int = 320_000, zoo: Path | None = None) 
         table += _zoo(zoo)
     table += [roots["o0"], *_strangers("t", opt, range(8), tokens * 3 // 10, seed=500), *_continued(roots["o0"])]
     table += [*_trained(roots["o0"]), *_opt_rewrites("o0-continued-1", "c"), *_edited("o0", "python")]
-    table += [*_same_seed(llama, tokens)]
-    for name in ("p1", "p2", "p3", "o1"):
-        table += [roots[name], *_continued(roots[name]), *_trained(roots[name])]
-    table += [*_grown(roots["p1"], layers), *_distilled(roots["p1"], llama), *_untrained("p1", "p1-continued-1", "c")]
+    twins = list(_same_seed(llama, tokens))
+    table += [*twins[:2], roots["p1"], *_continued(roots["p1"]), *_trained(roots["p1"])]
+    table += [*_grown(roots["p1"], layers), *_untrained("p1", "p1-continued-1", "c"), *_distilled(roots["p1"], llama)]
     table += [*_strangers("deep", deeper, range(4), tokens // 4, seed=400)]
-    table += [*_quantised(["p2"], PARENTS, SOME_FORMATS)]
+    for name in ("p2", "p3", "o1"):
+        table += [roots[name], *_continued(roots[name]), *_trained(roots[name])]
+    table += [*_quantised(["p2"], PARENTS, SOME_FORMATS), *twins[2:]]
     table += [*_strangers("s", llama, range(24, 46), tokens * 3 // 8, seed=300)]
     return {each.name: each for each in table}
 
