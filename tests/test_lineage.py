@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import NormalDist
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 import llmfp
-from bench.lineage import derive, edits, models, quantise, report, rewrites, specimens, statistics, text, train
+from bench.lineage import derive, edits, models, plot, quantise, report, rewrites, specimens, statistics, text, train
 from bench.lineage.__main__ import run
 from bench.lineage.laboratory import Laboratory
 from bench.lineage.models import Model, initialise, llama_config, opt_config
@@ -417,3 +418,13 @@ def test_tables_count_and_compare_what_they_were_given() -> None:
     text = report.markdown(tables)
     assert "| llama: fine-tuned | 1 |" in text
     json.loads(report._json(tables["pairs"]))
+
+
+def test_a_qq_plot_lies_on_the_diagonal_where_p_values_are_uniform() -> None:
+    uniform = [(rank + 0.5) / 500 for rank in range(500)]
+    dots = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot.qq_plot({"strangers": uniform}))
+    assert len(dots) > 50
+    for x, y in dots:
+        assert float(x) + float(y) == pytest.approx(plot.SIZE, abs=0.11)
+    above = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', plot.qq_plot({"kin": [p**2 for p in uniform]}))
+    assert all(float(x) + float(y) < plot.SIZE for x, y in above[:50])

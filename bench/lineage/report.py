@@ -6,6 +6,7 @@ lineage-strangers.json   per group of strangers: verdicts, and p-values against 
 lineage-tokens.json      how statistics fade with training, among them Wasserstein-1 and Kullback–Leibler
 lineage-edits.json       what noise and near-free edits cost a model, and what they take from the tests
 lineage-pairs.json       every pair's numbers
+lineage-qq.svg           Q–Q plot of strangers' p-values
 
 The published score (mean Pearson of σ profiles) stands beside the tests on the same pairs.
 """
@@ -28,6 +29,7 @@ from typing import Any
 
 import llmfp
 from bench.lineage.pairs import Pair, pairs
+from bench.lineage.plot import qq_plot
 from bench.lineage.statistics import FALSE_POSITIVES, auc, distribution, threshold, uniformity
 from llmfp.fingerprint import SUFFIX, Fingerprint
 
@@ -76,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, content in made.items():
         (RESULTS / f"lineage-{name}.json").write_text(_json(content))
     (RESULTS / "lineage.md").write_text(markdown(made))
+    (RESULTS / "lineage-qq.svg").write_text(qq_plot(_same_shape_p_values(found)))
 
 
 def tables(found: list[Found], records: dict[str, Any], shapes: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
@@ -174,6 +177,16 @@ def _strangers(some: list[Found]) -> dict[str, Any]:
         if len(p_values) == math.comb(len(models), 2):
             row["p-values"][name] |= uniformity(models, p_values)
     return row
+
+
+def _same_shape_p_values(found: list[Found]) -> dict[str, list[float]]:
+    series = defaultdict[str, list[float]](list)
+    for each in found:
+        if each.pair.kind == "strangers" and each.pair.label.endswith("same shape"):
+            for name in TESTS:
+                if (p := each.numbers[name]) is not None:
+                    series[f"{each.pair.label}: {name.removesuffix(' p')}"].append(p)
+    return dict(sorted(series.items()))
 
 
 def _tokens(found: list[Found], records: dict[str, Any], strangers: dict[str, list[Found]]) -> list[dict[str, Any]]:
