@@ -289,6 +289,8 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
+        if any(value < 0 for value in numbers["std"]):
+            raise ValueError(f"{prefix}.std is negative")
         residual = array(f"{prefix}.residual", "float16")
         head_std = array(f"{prefix}.head_std", "float64") if f"{prefix}.head_std" in arrays else None
         column: list[Statistics | None] = []

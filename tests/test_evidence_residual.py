@@ -222,7 +222,7 @@ def test_a_seed_says_p() -> None:
 
 
 def test_structure_over_the_index_in_both_models_is_no_evidence() -> None:
-    """Neighbours alike, as under sinusoidal positions: coordinates are not exchangeable. In one model they still are."""
+    """Neighbours alike, as under sinusoidal positions: labels carry meaning. In one model alone it costs nothing."""
     rng = np.random.default_rng(12)
     wave = 2 * np.sin(np.arange(64) / 3)
     smooth = [{role: rows + wave for role, rows in independent(rng).items()} for _ in "ab"]
