@@ -74,6 +74,8 @@ def head_symmetry(
             return Missing(f"heads of the {name} model differ by design, so their order carries meaning")
     if (a.heads, a.kv_heads) != (b.heads, b.kv_heads) or a.heads is None or a.kv_heads is None:
         return Missing(f"head counts differ: {a.heads} of {a.kv_heads} groups and {b.heads} of {b.kv_heads}")
+    if a.heads % a.kv_heads:
+        return Missing(f"{a.heads} heads do not fall into {a.kv_heads} groups of one size")
     found = [(name, _block(a, name), _block(b, name)) for name in BLOCKS]
     shared = [(name, x, y) for name, x, y in found if x is not None and y is not None and x.shape[2] == y.shape[2]]
     if not shared:
@@ -112,9 +114,12 @@ def head_symmetry(
 
 
 def _block(tower: TowerFingerprint, name: str) -> Floats | None:
-    """float64 [L, heads, numbers] of one kind, ready for inner products; zero where a head or a layer has none."""
+    """float64 [L, heads, numbers] of one kind, ready for inner products; zero where a head or a layer has none.
+
+    So is a layer with other numbers of heads than most: its groups are others.
+    """
     norms = tower.circuit("qk_norm")
-    if norms is None:
+    if norms is None or not (usual := _with_usual_heads(tower, norms)).any():
         return None
     match name:
         case "norms":
@@ -130,14 +135,25 @@ def _block(tower: TowerFingerprint, name: str) -> Floats | None:
             if not spectra:
                 return None
             values = np.concatenate(spectra, axis=2).astype(np.float64)
+    values, norms = values[:, : tower.heads], norms[:, : tower.heads]
     with np.errstate(invalid="ignore"):
         acting = np.isfinite(values).all(axis=2) & (norms > np.median(norms, axis=1, keepdims=True) + NEGLIGIBLE)
+        acting &= usual[:, None]
     centred = np.zeros(values.shape)
     for layer, (vectors, live) in enumerate(zip(values, acting, strict=True)):
         if live.any():
             centred[layer, live] = vectors[live] - vectors[live].mean(axis=0)
     size = float(np.sqrt(np.square(centred).sum() / max(np.count_nonzero(acting), 1)))
     return centred / size if size else None
+
+
+def _with_usual_heads(tower: TowerFingerprint, norms: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[L]: which layers have as many heads and kv heads as most."""
+    usual = np.array(np.count_nonzero(~np.isnan(norms), axis=1) == tower.heads)
+    for layer, keys in enumerate(tower.statistics["k"]):
+        if keys is not None and keys.head_std is not None:
+            usual[layer] &= len(np.frombuffer(keys.head_std)) == tower.kv_heads
+    return usual
 
 
 def _group_permutations(heads: int, kv_heads: int) -> Draw:
