@@ -64,6 +64,7 @@ def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None 
     Raises CheckpointError when a file cannot be read to the end or changes under way, and whatever interrupts the
     calling thread, after all workers have stopped.
     """
+    reader.begin(plan)
     scan = _Scan(plan, backend, reader)
     workers = [threading.Thread(target=scan.work, name=f"scan-{n}", daemon=True) for n in range(plan.threads)]
     try:
@@ -74,6 +75,8 @@ def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None 
                 progress(scan.bytes_done, plan.step_bytes)
     finally:
         scan.stop = True
+        if scan.error is not None or not scan.finished.is_set():
+            reader.cancel()
         for worker in workers:
             worker.join()
     if scan.error is not None:
