@@ -541,7 +541,7 @@ def test_an_interrupt_ends_a_scan_with_130_and_leaves_nothing(tmp_path: Path) ->
 def test_an_interrupt_under_the_progress_bar_restores_the_terminal(tmp_path: Path) -> None:
     """The bar hides the cursor; whatever was hidden is shown again, and the last line is ours."""
     source = sparse(tmp_path / "model", 1 << 15, 32)
-    code, output = on_a_terminal(["scan", source, "--backend", "reference"], interrupt_at=b"GB/s")
+    code, output = on_a_terminal(["scan", source, "--backend", "reference"], interrupt_at=b"B/s")
     assert code == 130, output
     assert output.splitlines()[-1] == b"interrupted"
     assert output.rfind(b"\x1b[?25h") >= output.rfind(b"\x1b[?25l")
