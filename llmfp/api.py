@@ -36,6 +36,7 @@ def scan(
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
     client: Client | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
@@ -49,6 +50,7 @@ def scan(
     reader        auto, mmap or pread; changes no bit of the result
     threads       as many as there are cores when None; changes no bit of the result
     memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
+    deep          also look at what heads compute (llmfp.circuits), which comparisons ask for and plain σ does not
     client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
@@ -61,7 +63,7 @@ def scan(
     start = time.perf_counter()
     checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client)
     try:
-        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
         if planned is not None:
             planned(plan_)
         result = engine.run(plan_, chosen, opened, progress)
@@ -79,12 +81,13 @@ def plan(
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
     client: Client | None = None,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
     checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client, probe=False)
     opened.close()
-    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
 
 
 def compare(
@@ -103,7 +106,7 @@ def compare(
     tower         compared in both; each model's main tower when None
     alpha         the level of the verdict, over all tests together
     permutations  drawn for each permutation test; no p is below 1 / (1 + permutations)
-    null          a file of further unrelated models (see llmfp.evidence.null), beside those shipped
+    null          further unrelated models beside those shipped: a file or a directory (see llmfp.evidence.null)
     seed          of the draws: the same seed, the same p
     client        as for `scan`
 
@@ -115,7 +118,7 @@ def compare(
     models = nulls.load(null)
     only = tower if tower == "vision" else None  # the others are read together, and say more so
     first, second = (
-        each if isinstance(each, Fingerprint) else scan(each, tower=only, client=client) for each in (a, b)
+        each if isinstance(each, Fingerprint) else scan(each, tower=only, deep=True, client=client) for each in (a, b)
     )
     return comparison.compare(
         first, second, tower=tower, alpha=alpha, permutations=permutations, null=models, seed=seed
@@ -176,6 +179,7 @@ def _plan(
     reader: Reader,
     threads: int | None,
     memory_bytes: int,
+    deep: bool,
 ) -> Plan:
     plan = make_plan(
         checkpoint,
@@ -186,6 +190,7 @@ def _plan(
         step_bytes=reader.step_bytes,
         extra_bytes=reader.extra_bytes,
         memory_bytes=memory_bytes,
+        deep=deep,
     )
     if any(shard.remote is not None for shard in checkpoint.shards):
         from llmfp.reader.fetches import fetches
@@ -209,6 +214,9 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
             tower.head_dim,
             tower.hidden_size,
             {role: tuple(column) for role, column in columns.items()},
+            tower.rotary,
+            tower.indexed_heads,
+            tuple(result.circuits.get((tower.name, layer)) for layer in layers) if plan.circuits else None,
         )
     checkpoint = plan.checkpoint
     return Fingerprint(

@@ -205,6 +205,7 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
         assert list(found[statistic]) == ["q", "k", "v", "o"]
         assert all(len(column) == 3 for column in found[statistic].values())
     tower = {"layers", "heads", "kv_heads", "head_dim", "hidden_size", "std", "mean", "roles"}
+    tower |= {"rotary", "indexed_heads", "deep"}
     assert {name: set(each) for name, each in found["towers"].items()} == {"decoder": tower}
     assert all(set(each) == {"pattern", "count", "bytes", "reason"} for each in found["skipped"])
     assert found["caveats"] == []
