@@ -454,7 +454,7 @@ def test_a_spent_limit_is_waited_for(folder: Path, local: llmfp.Fingerprint) -> 
 
 
 def test_signed_addresses_are_replaced_before_they_expire(folder: Path, local: llmfp.Fingerprint) -> None:
-    clock = TestClock(start=1_000_000.0, tick=5.0)
+    clock = TestClock(start=1_000_000.0, tick=1.0)
     with HubServer(lifetime=60, clock=lambda: clock.time) as hub:
         hub.add("org/experts", folder)
         with client(hub, clock) as own:
