@@ -303,6 +303,8 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
+        if any(value < 0 for value in numbers["std"]):
+            raise ValueError(f"{prefix}.std is negative")
         residual = array(f"{prefix}.residual", "float16")
         around = array(f"{prefix}.interval", "float64") if f"{prefix}.interval" in arrays else None
         if around is not None and around.shape != (len(layers), 2):
