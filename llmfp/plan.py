@@ -74,6 +74,11 @@ class Task:
         return self.projections[0].layer
 
     @property
+    def nbytes(self) -> int:
+        """Of the projections, all rows of them."""
+        return sum(p.view.nbytes for p in self.projections)
+
+    @property
     def asks(self) -> bool:
         """Whether it holds queries and not their keys."""
         roles = {p.role for p in self.projections}
@@ -102,7 +107,7 @@ class Step:
 class Plan:
     """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most.
 
-    circuits: by tower and layer, the heads whose circuits a deep scan looks at; empty in a plain one.
+    deep: whether heads are looked at as well; circuits: by tower and layer, those that can be told apart.
     """
 
     checkpoint: Checkpoint
@@ -112,6 +117,7 @@ class Plan:
     threads: int
     memory_bytes: int
     needed_bytes: int
+    deep: bool
     circuits: Mapping[tuple[str, int], LayerHeads]
     fetched: tuple[int, int] | None = None
     """Of a remote checkpoint: ranges that the scan will ask for, and their bytes."""
@@ -185,6 +191,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints: reads in order, what is skipped, totals in bytes."""
         shards = self.checkpoint.shards
+        sampled: Counter[int] = Counter()
+        for step in self.steps:
+            sampled[step.task] += step.nbytes
         return {
             "schema": "llmfp.plan/1",
             "architecture": self.attention.family,
@@ -198,10 +207,10 @@ class Plan:
                     "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
                     "adapter_rank": None if (lora := task.tensor.lora) is None else lora.a.shape[0],
                     "file": shards[task.tensor.shard].path.name,
-                    "bytes": sum(p.view.nbytes for p in task.projections),
+                    "bytes": task.nbytes if task.blocks is None else sampled[number],
                     "read_twice": task.second_read,
                 }
-                for task in self.tasks
+                for number, task in enumerate(self.tasks)
             ],
             "skipped": self.skipped,
             "attention_bytes": self.attention_bytes,
@@ -215,7 +224,7 @@ class Plan:
             "bytes_total": sum(shard.nbytes for shard in shards),
             "gap_bytes": self.gap_bytes,
             "requests": self.requests,
-            "deep": bool(self.circuits),
+            "deep": self.deep,
             "sample": self.sample,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
@@ -281,7 +290,7 @@ def make_plan(
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
     return Plan(
-        checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, circuits, sample=sample
+        checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, deep, circuits, sample=sample
     )
 
 
