@@ -290,7 +290,16 @@ def make_plan(
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
     return Plan(
-        checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, deep, circuits, sample=sample
+        checkpoint,
+        attention,
+        tuple(tasks),
+        tuple(steps),
+        threads,
+        memory_bytes,
+        needed,
+        deep,
+        circuits,
+        sample=sample,
     )
 
 

@@ -150,7 +150,7 @@ class _Contrast(NamedTuple):
 def _among(excess: float, null: list[float]) -> tuple[float, str]:
     """p among strangers, and its basis: conformal, or below what that can show a t prediction."""
     p = (1 + sum(each >= excess for each in null)) / (1 + len(null))
-    if max(null) < excess and len(null) >= MIN_PARAMETRIC:
+    if min(null) < max(null) < excess and len(null) >= MIN_PARAMETRIC:
         predicted = predicted_p(excess, null)
         if predicted < p:
             return predicted, "approximate"

@@ -32,7 +32,7 @@ class Heads:
     """Outcome of the test.
 
     z             T over its standard deviation among the permutations drawn; for display
-    p_value       (1 + #) / (1 + permutations)
+    p_value       (1 + #) / (1 + permutations), at least smallest_p
     smallest_p    the least that p_value can be: of the permutations drawn, or of all there are
     layers        layer pairs compared
     blocks        what the vectors hold: norms, and coherence or spectra
@@ -93,14 +93,15 @@ def head_symmetry(
         )
     products = [x @ y.T for x, y in both]
     totals = permuted(products, matched, max(permutations, _FOR_DEVIATION), rng, draw)
-    group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    log_group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    smallest_p = max(1 / (1 + permutations), math.exp(-log_group))
     deviation = float(totals[1:].std())
     if not deviation:
         return Missing("the heads of the two models differ in no common layer")
     return Heads(
         z=float((totals[0] - totals[1:].mean()) / deviation),
-        p_value=upper_p(totals[: 1 + permutations], total_scale(products)),
-        smallest_p=max(1 / (1 + permutations), math.exp(-group)),
+        p_value=max(upper_p(totals[: 1 + permutations], total_scale(products)), smallest_p),
+        smallest_p=smallest_p,
         permutations=permutations,
         layers=len(both),
         heads=a.heads,
