@@ -74,6 +74,11 @@ class Task:
         return self.projections[0].layer
 
     @property
+    def nbytes(self) -> int:
+        """Of the projections, all rows of them."""
+        return sum(p.view.nbytes for p in self.projections)
+
+    @property
     def asks(self) -> bool:
         """Whether it holds queries and not their keys."""
         roles = {p.role for p in self.projections}
@@ -186,6 +191,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints: reads in order, what is skipped, totals in bytes."""
         shards = self.checkpoint.shards
+        sampled: Counter[int] = Counter()
+        for step in self.steps:
+            sampled[step.task] += step.nbytes
         return {
             "schema": "llmfp.plan/1",
             "architecture": self.attention.family,
@@ -199,10 +207,10 @@ class Plan:
                     "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
                     "adapter_rank": None if (lora := task.tensor.lora) is None else lora.a.shape[0],
                     "file": shards[task.tensor.shard].path.name,
-                    "bytes": sum(p.view.nbytes for p in task.projections),
+                    "bytes": task.nbytes if task.blocks is None else sampled[number],
                     "read_twice": task.second_read,
                 }
-                for task in self.tasks
+                for number, task in enumerate(self.tasks)
             ],
             "skipped": self.skipped,
             "attention_bytes": self.attention_bytes,
