@@ -6,7 +6,14 @@ holds `llmfp.schema` and, under `llmfp`, the JSON object that `scan --json` prin
     {tower}.{role}.count      int64[L]          {tower}.{role}.nonfinite  int64[L]
     {tower}.{role}.mean       float64[L]        {tower}.{role}.head_std   float64[L, heads]
     {tower}.{role}.std        float64[L]        {tower}.{role}.residual   float16[L, hidden]
-    {tower}.{role}.abs_max    float64[L]
+    {tower}.{role}.abs_max    float64[L]        {tower}.{role}.interval   float64[L, 2]
+
+(of a sample, whose digest begins with "sample-": interval, low and high, and neither head_std nor residual)
+and, of a deep scan, per tower (llmfp.circuits says what they are):
+
+    {tower}.qk_norm           float64[L, heads]         {tower}.ov_norm         float64[L, heads]
+    {tower}.coherence         float16[L, entries]       {tower}.head_coherence  float16[L, heads, 256]
+    {tower}.qk_spectrum       float16[L, heads, size]   {tower}.ov_spectrum     float16[L, heads, size]
 
 A layer without that role has count 0 and NaN elsewhere; where heads or hidden size differ between layers, rows are
 padded with NaN at the end.
@@ -24,7 +31,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
-from llmfp.architecture.specs import ROLES
+from llmfp.architecture.specs import ROLES, Rotary
 from llmfp.checkpoint import strict_json
 from llmfp.engine import Statistics
 from llmfp.errors import CheckpointError, FingerprintError
@@ -33,8 +40,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llmfp.circuits import Circuits
+
 SCHEMA = "llmfp.fingerprint/1"
 SUFFIX = ".fp.safetensors"
+CIRCUIT_ARRAYS = {"qk_norm": "float64", "ov_norm": "float64", "coherence": "float16", "head_coherence": "float16"}
+CIRCUIT_ARRAYS |= {"qk_spectrum": "float16", "ov_spectrum": "float16"}
+"""What a deep scan keeps of every tower, and in which dtype."""
+_PER_LAYER, _PER_HEAD = ("coherence",), ("qk_norm", "ov_norm")
+"""Arrays of one row a layer, and of one number a head; the others have a row a head."""
 _MAX_FILE_BYTES = 256 << 20
 _SAVED: dict[type | UnionType, tuple[str, ...]] = {
     str: ("architecture", "digest"),
@@ -52,7 +66,10 @@ _SAVED_RUN: dict[type | UnionType, tuple[str, ...]] = {
 class TowerFingerprint:
     """One tower's statistics by role; sequences run over `layers`, None where a layer has none.
 
-    std, mean     population std and mean of all elements
+    std, mean      population std and mean of all elements
+    rotary         how queries and keys are turned; None where they are not, or it is not known
+    indexed_heads  heads differ by design, so that their order carries meaning
+    circuits       what a deep scan keeps of every layer's heads; None from a plain one
     """
 
     layers: tuple[int, ...]
@@ -61,6 +78,9 @@ class TowerFingerprint:
     head_dim: int | None
     hidden_size: int
     statistics: Mapping[str, tuple[Statistics | None, ...]]
+    rotary: Rotary | None = None
+    indexed_heads: bool = False
+    circuits: tuple[Circuits | None, ...] | None = None
 
     @property
     def std(self) -> dict[str, list[float | None]]:
@@ -79,6 +99,15 @@ class TowerFingerprint:
     def _column(self, role: str, key: str) -> list[float | None]:
         return [None if s is None else _finite(getattr(s, key)) for s in self.statistics[role]]
 
+    @property
+    def interval(self) -> dict[str, list[list[float] | None]]:
+        """By role, of a sample: [low, high], in which σ of all weights lies with 95 % confidence."""
+
+        def around(s: Statistics | None) -> list[float] | None:
+            return None if s is None or not math.isfinite(s.std) else list(s.interval or (s.std, s.std))
+
+        return {role: [around(s) for s in column] for role, column in self.statistics.items()}
+
     def head_std(self, role: str) -> NDArray[np.float64]:
         """float64 [L, heads]: each head's population std; NaN where unknown."""
         import numpy as np
@@ -96,13 +125,35 @@ class TowerFingerprint:
         ]
         return _stack(rows, np.float16)
 
+    def circuit(self, name: str) -> NDArray[Any] | None:
+        """[L, …], an array of a deep scan by its name above, NaN where a layer has none; None where no layer has it."""
+        import numpy as np
+
+        rows: list[NDArray[Any] | None] = []
+        for each in self.circuits or ():
+            buffer = None if each is None else getattr(each, name)
+            if each is None or buffer is None:
+                rows.append(None)
+            else:
+                row = np.frombuffer(buffer, CIRCUIT_ARRAYS[name])
+                rows.append(row if name in _PER_LAYER else row.reshape(len(each.qk_norm) // 8, -1))
+        shapes = [row.shape for row in rows if row is not None]
+        if not shapes:
+            return None
+        stacked: NDArray[Any] = np.full((len(rows), *np.max(shapes, axis=0)), np.nan, CIRCUIT_ARRAYS[name])
+        for i, known in enumerate(rows):
+            if known is not None:
+                stacked[i][tuple(slice(size) for size in known.shape)] = known
+        return stacked.squeeze(2) if name in _PER_HEAD else stacked
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """A checkpoint's statistics and where they come from. Equal `digest`: bit-identical statistics.
 
     `source`, `run`, `skipped` and `caveats` are as in the JSON contract; `main` is the language decoder's tower, else
-    the only encoder's.
+    the only encoder's. sample: the share of the weights that all of this rests on, and what it lacks for that; None
+    where all were read.
     """
 
     architecture: str
@@ -112,6 +163,7 @@ class Fingerprint:
     skipped: tuple[Mapping[str, Any], ...]
     caveats: tuple[str, ...]
     digest: str
+    sample: Mapping[str, Any] | None = None
 
     @property
     def main(self) -> TowerFingerprint:
@@ -145,12 +197,13 @@ class Fingerprint:
             "std": main.std,
             "mean": main.mean,
             "roles": main.roles,
-            "towers": {name: _tower_json(tower) for name, tower in self.towers.items()},
+            "towers": {name: _tower_json(tower, self.sample is not None) for name, tower in self.towers.items()},
             "skipped": [dict(each) for each in self.skipped],
             "caveats": list(self.caveats),
             "run": dict(self.run),
             "digest": self.digest,
-        }
+            "sample": None if self.sample is None else dict(self.sample),
+        } | ({} if self.sample is None else {"interval": main.interval})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
@@ -230,6 +283,7 @@ def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fing
         skipped=tuple(saved["skipped"]),
         caveats=tuple(saved["caveats"]),
         digest=saved["digest"],
+        sample=_expect(saved.get("sample"), dict | None, "sample"),
     )
 
 
@@ -250,19 +304,63 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
         residual = array(f"{prefix}.residual", "float16")
+        around = array(f"{prefix}.interval", "float64") if f"{prefix}.interval" in arrays else None
+        if around is not None and around.shape != (len(layers), 2):
+            raise ValueError(f"{prefix}.interval is {list(around.shape)}")
         head_std = array(f"{prefix}.head_std", "float64") if f"{prefix}.head_std" in arrays else None
         column: list[Statistics | None] = []
         for i in range(len(layers)):
             whole = {key: values[i] for key, values in numbers.items()}
             heads = None if head_std is None else _unpadded(head_std[i], whole["nonfinite"])
-            column.append(
-                Statistics(**whole, head_std=heads or None, residual=_unpadded(residual[i], whole["nonfinite"]) or None)
-                if whole["count"]
-                else None
-            )
+            profile = _unpadded(residual[i], whole["nonfinite"])
+            low, high = (math.nan, math.nan) if around is None else around[i].tolist()
+            interval = None if math.isnan(low) else (low, high)
+            known = Statistics(**whole, head_std=heads or None, residual=profile or None, interval=interval)
+            column.append(known if whole["count"] else None)
         statistics[role] = tuple(column)
     hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
-    return TowerFingerprint(layers, saved["heads"], saved["kv_heads"], saved["head_dim"], hidden_size, statistics)
+    return TowerFingerprint(
+        layers,
+        saved["heads"],
+        saved["kv_heads"],
+        saved["head_dim"],
+        hidden_size,
+        statistics,
+        rotary=_restored_rotary(saved["rotary"]),
+        indexed_heads=saved["indexed_heads"] is True,
+        circuits=_restored_circuits(name, len(layers), arrays) if saved["deep"] is True else None,
+    )
+
+
+def _restored_rotary(saved: Any) -> Rotary | None:
+    if saved is None:
+        return None
+    pairs = _expect(_expect(saved, dict, "rotary")["pairs"], int, "rotary.pairs")
+    return Rotary(pairs, saved["interleaved"] is True)
+
+
+def _restored_circuits(tower: str, layers: int, arrays: Mapping[str, NDArray[Any]]) -> tuple[Circuits | None, ...]:
+    from llmfp.circuits import Circuits
+
+    kept: list[dict[str, Any]] = [{} for _ in range(layers)]
+    for name, dtype in CIRCUIT_ARRAYS.items():
+        array = arrays.get(f"{tower}.{name}")
+        rank = 3 - (name in _PER_LAYER) - (name in _PER_HEAD)
+        if array is not None and (array.dtype != dtype or array.ndim != rank or len(array) != layers):
+            raise ValueError(f"{tower}.{name} is {array.dtype} {list(array.shape)}")
+        for i in range(layers):
+            kept[i][name] = None if array is None else _known(array[i])
+    return tuple(Circuits(**each) if each["qk_norm"] is not None else None for each in kept)
+
+
+def _known(row: NDArray[Any]) -> bytes | None:
+    """Without the NaN that layers of other sizes are filled up with; None where nothing is left."""
+    import numpy as np
+
+    missing = np.isnan(row)
+    if missing.all():
+        return None
+    return row[..., ~missing.reshape(-1, row.shape[-1]).all(axis=0)].tobytes()
 
 
 def _unpadded(row: NDArray[Any], nonfinite: int) -> bytes:
@@ -284,7 +382,12 @@ def main_tower(towers: Mapping[str, object]) -> str:
     return next((name for name in ("decoder", "encoder") if name in towers), next(iter(towers)))
 
 
-def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
+def kind(fingerprint: Fingerprint, tower: str) -> str:
+    """What sort of model a tower is of: its name, after "seq2seq " where it belongs to an encoder-decoder."""
+    return f"seq2seq {tower}" if "cross" in fingerprint.towers and tower != "vision" else tower
+
+
+def _tower_json(tower: TowerFingerprint, sampled: bool) -> dict[str, Any]:
     return {
         "layers": list(tower.layers),
         "heads": tower.heads,
@@ -294,7 +397,10 @@ def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
         "std": tower.std,
         "mean": tower.mean,
         "roles": tower.roles,
-    }
+        "rotary": None if (r := tower.rotary) is None else {"pairs": r.pairs, "interleaved": r.interleaved},
+        "indexed_heads": tower.indexed_heads,
+        "deep": tower.circuits is not None,
+    } | ({"interval": tower.interval} if sampled else {})
 
 
 def _finite(value: float) -> float | None:
@@ -314,8 +420,14 @@ def _arrays(towers: Mapping[str, TowerFingerprint]) -> dict[str, NDArray[Any]]:
                 values = [math.nan if s is None else getattr(s, key) for s in column]
                 arrays[f"{prefix}.{key}"] = np.array(values, np.float64)
             arrays[f"{prefix}.residual"] = tower.residual(role)
+            if any(s is not None and s.interval is not None for s in column):
+                around = [(math.nan, math.nan) if s is None or s.interval is None else s.interval for s in column]
+                arrays[f"{prefix}.interval"] = np.array(around, np.float64)
             if any(s is not None and s.head_std is not None for s in column):
                 arrays[f"{prefix}.head_std"] = tower.head_std(role)
+        for array in CIRCUIT_ARRAYS:
+            if (stacked := tower.circuit(array)) is not None:
+                arrays[f"{name}.{array}"] = stacked
     return arrays
 
 

@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from llmfp.architecture import AttentionMap, NormGain, Projection
+from llmfp.architecture import AttentionMap, LayerHeads, NormGain, Projection, Role, layer_heads
 from llmfp.architecture.matching import pattern
 from llmfp.checkpoint import Checkpoint, LoraSpec, TensorSpec
 from llmfp.encoding import Encoding
 from llmfp.errors import EncodingError, PlanError
 from llmfp.kernels import Backend
 from llmfp.marginals import unit_rows
+from llmfp.sample import Blocks, draw
 
 DEFAULT_MEMORY = 512 << 20
 FIXED_BYTES = 6 << 20
 """Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
 NUMPY_BYTES = 24 << 20
 """What importing NumPy costs, which makes the scales of quantised tensors ready."""
+BLAS_BYTES = 16 << 20
+"""What its BLAS costs on top, which multiplies heads in a deep scan; per thread."""
 MAX_THREADS = 32
+_CODED_ROWS = 32
+"""Rows that codes may be packed together in (see llmfp.marginals.Coding): blocks of a sample hold whole ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class Task:
 
     second_read: a LayerNorm along the stored rows needs every column's mean before a row can be centred.
     biases: the layer's bias vectors, which are read, whole, along with its first task.
+    blocks: the rows that a sample reads; None where all are read.
     """
 
     tower: str
@@ -51,6 +57,7 @@ class Task:
     unit_rows: int
     second_read: bool
     biases: tuple[TensorSpec, ...] = ()
+    blocks: Blocks | None = None
 
     @property
     def first_row(self) -> int:
@@ -65,6 +72,12 @@ class Task:
     @property
     def layer(self) -> int:
         return self.projections[0].layer
+
+    @property
+    def asks(self) -> bool:
+        """Whether it holds queries and not their keys."""
+        roles = {p.role for p in self.projections}
+        return Role.Q in roles and Role.K not in roles
 
     @property
     def gains(self) -> tuple[NormGain, ...]:
@@ -87,7 +100,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most."""
+    """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most.
+
+    deep: whether heads are looked at as well; circuits: by tower and layer, those that can be told apart.
+    """
 
     checkpoint: Checkpoint
     attention: AttentionMap
@@ -96,6 +112,12 @@ class Plan:
     threads: int
     memory_bytes: int
     needed_bytes: int
+    deep: bool
+    circuits: Mapping[tuple[str, int], LayerHeads]
+    fetched: tuple[int, int] | None = None
+    """Of a remote checkpoint: ranges that the scan will ask for, and their bytes."""
+    sample: float | None = None
+    """The share of every tensor's rows that is aimed at; None where all are read."""
 
     @property
     def attention_bytes(self) -> int:
@@ -134,7 +156,18 @@ class Plan:
     def total_bytes(self) -> int:
         """All bytes the scan reads: headers, gains, biases, scales, adapters, weights, and the declared second read."""
         small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
-        return self.header_bytes + small + self.step_bytes
+        return self.header_bytes + small + self.step_bytes + self.gap_bytes
+
+    @property
+    def gap_bytes(self) -> int:
+        """What is fetched along from between two neighbours, of a remote checkpoint."""
+        small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
+        return 0 if self.fetched is None else max(0, self.fetched[1] - small - self.step_bytes)
+
+    @property
+    def requests(self) -> int:
+        """Reads, or ranges asked for of a server."""
+        return len(self.steps) if self.fetched is None else self.fetched[0]
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -181,7 +214,10 @@ class Plan:
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
             "bytes_total": sum(shard.nbytes for shard in shards),
-            "requests": len(self.steps),
+            "gap_bytes": self.gap_bytes,
+            "requests": self.requests,
+            "deep": self.deep,
+            "sample": self.sample,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,
@@ -199,12 +235,20 @@ def make_plan(
     step_bytes: int = 8 << 20,
     extra_bytes: int = 0,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
+    sample: float | None = None,
+    block_bytes: int = 1,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
     extra_bytes: what a read may cost in resident memory beyond its own bytes.
+    deep: also look at the circuits of heads, wherever heads can be told apart.
+    sample: the share of every tensor's rows to read, in blocks of at least block_bytes; all of them when None.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
-    tasks = _tasks(attention)
+    circuits = {(t.name, heads.layer): heads for t in attention.towers for heads in layer_heads(t)} if deep else {}
+    tasks = _tasks(attention, circuits)
+    if sample is not None:
+        tasks = [_sampled(task, sample, block_bytes) for task in tasks]
     for task in tasks:
         if task.tensor.encoding is None and task.tensor.dtype not in backend.dtypes:
             raise EncodingError(
@@ -213,9 +257,10 @@ def make_plan(
                 hint="llmfp-fast backends lists what each one reads",
             )
     wanted = threads or min(max(_available_cores(), min_threads), MAX_THREADS)
-    fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks)
-    costs = [_unit_cost(task, backend) for task in tasks]
+    fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks, circuits)
+    costs = [_unit_cost(task, backend, circuits.get((task.tower, task.layer))) for task in tasks]
     largest = max(range(len(tasks)), key=lambda i: costs[i])
+    extra_bytes += BLAS_BYTES if circuits else 0
     threads = max(1, min(wanted, (memory_bytes - fixed) // (costs[largest] + extra_bytes)))
     least = fixed + costs[largest] + extra_bytes
     if least > memory_bytes:
@@ -223,7 +268,7 @@ def make_plan(
         raise PlanError(
             f"{checkpoint.shards[worst.shard].path}: tensor {worst.name!r} needs a memory budget of "
             f"{_mebibytes(least)}, the budget is {_mebibytes(memory_bytes)}",
-            hint=f"raise --memory to {_mebibytes(least)} or more",
+            hint=f"raise --memory to {_mebibytes(least)} or more" + (", or give --no-deep" if circuits else ""),
         )
     share = (memory_bytes - fixed) // threads - extra_bytes
     steps: list[Step] = []
@@ -236,7 +281,18 @@ def make_plan(
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
-    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed)
+    return Plan(
+        checkpoint,
+        attention,
+        tuple(tasks),
+        tuple(steps),
+        threads,
+        memory_bytes,
+        needed,
+        deep,
+        circuits,
+        sample=sample,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -253,8 +309,9 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _tasks(attention: AttentionMap) -> list[Task]:
-    """Projections by shared rows, in the order of reading: tower, layer, then as they lie in the files."""
+def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHeads]) -> list[Task]:
+    """Projections by shared rows, in the order of reading: tower, layer, then as they lie in the files; but a layer's
+    queries behind its keys where both are multiplied."""
     shared: defaultdict[tuple[object, ...], list[Projection]] = defaultdict(list)
     for tower in attention.towers:
         for p in tower.projections:
@@ -281,7 +338,7 @@ def _tasks(attention: AttentionMap) -> list[Task]:
                 biases=biases.pop((str(key[0]), projections[0].layer), ()),
             )
         )
-    return tasks
+    return sorted(tasks, key=lambda task: (task.tower, task.layer, (task.tower, task.layer) in circuits and task.asks))
 
 
 def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
@@ -295,8 +352,28 @@ def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, 
     return {key: tuple(sorted(specs, key=lambda spec: (spec.shard, spec.offset_bytes))) for key, specs in found.items()}
 
 
+def _sampled(task: Task, share: float, block_bytes: int) -> Task:
+    """The task with the rows that are read of it, one unit a block. What needs all rows is not made of a sample, so
+    nothing is read twice."""
+    runs = [(group, first, count) for group in range(task.groups) for first, count in _runs(task, group)]
+    encoding = task.tensor.encoding
+    row_bytes = _extent(task, 0, runs[0][1], 1 if encoding is None else _CODED_ROWS)[1]
+    row_bytes = row_bytes if encoding is None else -(-row_bytes // _CODED_ROWS)
+    multiple = 1 if encoding is None else _CODED_ROWS
+    seed = f"{task.tensor.name} {task.first}"
+    blocks = draw(runs, max(row_bytes, 1), share, block_bytes, multiple, seed)
+    unit = task.unit_rows if blocks is None else blocks.rows
+    return replace(task, unit_rows=unit, second_read=False, blocks=blocks)
+
+
 def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
     rows_per_step, tensor = units * task.unit_rows, task.tensor
+    if task.blocks is not None:
+        for group, row in task.blocks.places:
+            start, nbytes = _extent(task, group, row, task.blocks.rows)
+            offset = tensor.offset_bytes + start
+            yield Step(number, group, row, task.blocks.rows, tensor.shard, offset, nbytes, second)
+        return
     for group in range(task.groups):
         for first, count in _runs(task, group):
             for row in range(first, first + count, rows_per_step):
@@ -339,18 +416,44 @@ def _unit_bytes(task: Task) -> int:
     return rows * task.row_stride * task.tensor.itemsize
 
 
-def _unit_cost(task: Task, backend: Backend) -> int:
-    """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice."""
+def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
+    """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice, and what
+    multiplying its heads takes."""
     rows = min(task.unit_rows, task.rows)
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
     scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
-    return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results
+    multiplied = 0
+    for p in task.projections:
+        if heads is not None and p.role in heads.projections:
+            size = _head_size(heads, p.role)
+            if p.residual_is_stored_rows:  # a unit in float32, with its keys, and its share of every head's products
+                multiplied += 8 * rows * p.view.cols + 8 * p.view.cols * size
+            else:  # a head, its key head, and one that steps cut
+                multiplied += 12 * size * p.view.cols + 16 * size * size
+    return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results + multiplied
 
 
-def _kept_bytes(tasks: Sequence[Task]) -> int:
-    """Memory that outlives a step: gains, the fingerprint itself, and the statistics and scales of layers not yet
-    closed."""
+def _head_size(heads: LayerHeads, role: Role) -> int:
+    return heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
+
+
+def _gram_bytes(heads: LayerHeads) -> int:
+    """What a layer keeps until its last step: products of all heads, and K as it is stored."""
+    products = (2 * heads.heads + heads.kv_heads) * heads.size**2
+    products += (heads.heads + heads.kv_heads) * (heads.value_size or 0) ** 2
+    return 8 * products + heads.projections[Role.K].view.nbytes
+
+
+def _circuit_bytes(heads: LayerHeads) -> int:
+    """What the fingerprint keeps of a layer's heads."""
+    kept = 2 * heads.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 4 * heads.heads * heads.size
+    return kept + 16 * heads.heads + 1024
+
+
+def _kept_bytes(tasks: Sequence[Task], circuits: Mapping[tuple[str, int], LayerHeads]) -> int:
+    """Memory that outlives a step: gains, the fingerprint itself, and the statistics, scales and products of layers not
+    yet closed."""
     gains = sum(4 * gain.tensor.shape[0] for gain in {gain for task in tasks for gain in task.gains})
     fingerprint = layer_bytes = 0
     by_layer: Counter[tuple[str, int]] = Counter()
@@ -362,7 +465,10 @@ def _kept_bytes(tasks: Sequence[Task]) -> int:
             by_layer[task.tower, task.layer] += encoding.kept_bytes
         if (lora := task.tensor.lora) is not None:
             by_layer[task.tower, task.layer] += 12 * lora.a.shape[0] * (lora.a.shape[1] + lora.b.shape[0])
-    prepared = any(encoding.parts for _, encoding in _encoded(tasks)) or any(_loras(tasks))
+    for key, heads in circuits.items():
+        fingerprint += _circuit_bytes(heads)
+        by_layer[key] += _gram_bytes(heads)
+    prepared = bool(circuits) or any(encoding.parts for _, encoding in _encoded(tasks)) or any(_loras(tasks))
     layer_bytes = 2 * max(by_layer.values())
     return gains + fingerprint + layer_bytes + (NUMPY_BYTES if prepared else 0)
 
