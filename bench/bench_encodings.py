@@ -33,6 +33,12 @@ SHARE = ROWS // 8
 """Rows that a library is given."""
 TARGET = 0.5
 BLOCKS = ("Q4_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "IQ3_S", "TQ2_0")
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
 RNG = np.random.default_rng(0)
 
 
@@ -47,7 +53,7 @@ def _like(rows: int, cols: int, value: float) -> bytes:
 
 def _codings() -> dict[str, Coding]:
     groups = ROWS // 128
-    table = np.linspace(-1, 1, 16, dtype=np.float32).tobytes()
+    table = np.array(NF4, np.float32).tobytes()
     nested = {"row_block": 128, **_scales(groups, COLS)}
     return {
         "FP8 128×128": Coding("row", 8, levels="F8_E4M3", row_block=128, col_block=128, **_scales(groups, COLS // 128)),
@@ -206,7 +212,7 @@ def _add_peer(comparison: Comparison, name: str, how: str, chunk: Chunk, dequant
 
     def work() -> float:
         numbers = dequantise()
-        return float(numbers.std(correction=0) if hasattr(numbers, "device") else np.std(numbers, dtype=np.float64))
+        return float(numbers.std(correction=0) if hasattr(numbers, "detach") else np.std(numbers, dtype=np.float64))
 
     def check(answer: float) -> None:
         assert abs(answer / expected - 1) < 5e-4, (answer, expected)
