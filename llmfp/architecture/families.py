@@ -35,7 +35,8 @@ A family file says how attention tensors are named and laid out and what the nor
           "adapter": "self_attn.…adapter….weight",  low-rank matrices added to q, k, v: not read, and a caveat says so
           "norm": {
             "kind": "layer" | "rms",
-            "before": "ln_1.weight",                gain in front of Q, K, V
+            "before": "ln_1.weight",                gain in front of Q, K, V; of several that are there, that listed
+                                                    first
             "after": "post_norm.weight",            gain between O and the residual addition
             "offset": 1.0,                          effective gain is offset + weight (Gemma); default 0
             "post": true,                           no norm in front of Q, K, V (BERT, OLMo2)
