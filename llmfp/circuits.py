@@ -368,6 +368,9 @@ class LayerGrams:
     def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
         """Rows of a chunk as float32, times its weights."""
         out = np.empty((rows, chunk.cols), np.float32) if out is None else out
+        if chunk.coding is not None and chunk.coding.packing == "down" and (before := first % 32):
+            out[:] = self._expand(chunk, first - before, before + rows)[before:]  # codes that come 32 rows at a time
+            return out
         weight = chunk.row_weight
         part = replace(
             chunk,
