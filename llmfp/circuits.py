@@ -452,4 +452,7 @@ def _by_head(values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
 def _head_products(x: Float32, y: Float32) -> Float32:
     """Float32[heads of x, h, h]: x·yᵀ of each head of x and the head of y that it shares."""
     group = len(x) // len(y)
-    return np.stack([each @ y[head // group].T for head, each in enumerate(x)])
+    products = np.empty((len(x), x.shape[1], y.shape[1]), np.float32)
+    for head, each in enumerate(x):
+        np.matmul(each, y[head // group].T, out=products[head])
+    return products

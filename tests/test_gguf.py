@@ -209,6 +209,26 @@ def test_every_family_finds_its_projections(family: str, tmp_path: Path) -> None
         assert llmfp.scan(write(tmp_path / "fused.gguf", tensors, architecture)).std == found.std
 
 
+@pytest.mark.parametrize("architecture", ["falcon", "gemma4", "plamo3", "modern-bert", "neo-bert", "nemotron_h"])
+def test_norms_beside_attention_are_those_of_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """Falcon-40B's attention reads what attn_norm_2 puts out; the norm behind O is Gemma's and PLaMo's."""
+    gains = {"attn_norm_2": 2.0} if architecture == "falcon" else {}
+    behind = architecture in ("gemma4", "plamo3")
+    gains |= {"post_attention_norm": 4.0} if behind else {}
+    tensors = model()
+    for name, gain in {"attn_norm": 0.5, **gains}.items():
+        tensors[f"blk.0.{name}.weight"] = np.full(HIDDEN, gain, np.float32)
+    found = llmfp.scan(write(tmp_path / "model.gguf", tensors, architecture)).main
+    layer_norm = architecture in ("falcon", "modern-bert")
+    for role, gain in (("q", 2.0 if architecture == "falcon" else 0.5), ("o", 4.0 if behind else 1.0)):
+        read = gain * weights(role).astype(np.float64)
+        axis = 1 if role == "o" else 0
+        if layer_norm:
+            read -= read.mean(axis=1 - axis, keepdims=True)
+        expected = 0.5 * np.log(np.square(read).mean(axis=axis))
+        np.testing.assert_allclose(found.residual(role)[0], expected, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize(("architecture", "interleaved"), [("deepseek2", True), ("plm", True), ("minicpm3", False)])
 def test_latent_attention_s_row_order_is_that_of_its_converter(
     architecture: str, interleaved: bool, tmp_path: Path

@@ -36,7 +36,8 @@ A family file says how attention tensors are named and laid out and what the nor
           "adapter": "self_attn.…adapter….weight",  low-rank matrices added to q, k, v: not read, and a caveat says so
           "norm": {
             "kind": "layer" | "rms",
-            "before": "ln_1.weight",                gain in front of Q, K, V
+            "before": "ln_1.weight",                gain in front of Q, K, V; of several that are there, that listed
+                                                    first
             "after": "post_norm.weight",            gain between O and the residual addition
             "q_latent": "q_a_layernorm.weight",     gain between q_a and q_b
             "kv_latent": "kv_a_layernorm.weight",   gain between kv_a and kv_b

@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -188,6 +188,10 @@ def _tower(
         if part is None:
             continue
         if other := by_layer[each.layer].get(part):
+            if each.slot.part in NORM_PARTS:
+                listed = names.parts[each.slot.part]
+                by_layer[each.layer][part] = min((other, each.spec), key=partial(_place, listed))
+                continue
             raise ArchitectureError(
                 f"{checkpoint.shards[each.spec.shard].path}: tensors {other.name!r} and {each.spec.name!r} "
                 f"are both the {part} of {name} layer {each.layer}"
@@ -230,6 +234,11 @@ def _tower(
         unrotated=names.unrotated(config) if rotary is not None else frozenset(),
         indexed_heads=names.has_indexed_heads(config),
     )
+
+
+def _place(listed: Sequence[str], spec: TensorSpec) -> int:
+    """Where in a family's list of names below a block a tensor's is."""
+    return next((n for n, name in enumerate(listed) if spec.name.endswith(f".{name}")), len(listed))
 
 
 def _role_caveats(
