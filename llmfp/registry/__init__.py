@@ -51,8 +51,8 @@ class Origin:
 
     revision             the commit, or "digest:…" of the weights where there is none
     base_models          what the model card declares, and base_model_relation how (finetune, adapter, merge, quantized)
-    weights              sha256 over the sha256 of all weight files, where those are known; config: over what config.json
-                         says of the architecture. Both equal: the same fingerprint, whatever the repo
+    weights              sha256 over the sha256 of all weight files, where those are known; config: over what
+                         config.json says of the model. Both equal: the same fingerprint, whatever the repo
     stamp                sha256 over place, size and time of change of local files, which tells that they are unchanged
     """
 

@@ -105,7 +105,7 @@ class Index:
         return table if columns is None else table.select(list(columns))
 
     def read_all(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """As `read`, in no order, with all rows of keys that were added more than once, and key and entry in any case."""
+        """As `read`, in no order, with every row of a key that was added more than once, and always key and entry."""
         return _without(self._union(columns)[0], self.removed())
 
     def superseded(self) -> list[dict[str, str]]:
@@ -142,7 +142,7 @@ class Index:
         """
         pa = arrow()
         wanted = None if columns is None else list(dict.fromkeys((*KEY, "entry", *columns)))
-        tables: dict[str, pa.Table] = {}
+        tables: dict[str, Any] = {}
         names = self._names()
         for _ in range(_MOST_ROUNDS):
             vanished = False
@@ -237,9 +237,6 @@ def _differs_from_the_row_before(table: pa.Table) -> Any:
     pa = arrow()
     pc = pa.compute
     n = max(table.num_rows - 1, 0)
-    changed = None
-    for name in KEY:
-        differs = pc.not_equal(table[name].slice(1), table[name].slice(0, n))
-        changed = differs if changed is None else pc.or_(changed, differs)
+    changed = pc.or_(*(pc.not_equal(table[name].slice(1), table[name].slice(0, n)) for name in KEY))
     first = pa.array([True] * min(table.num_rows, 1), pa.bool_())
     return pa.chunked_array([first, *changed.chunks], pa.bool_())

@@ -54,7 +54,7 @@ def pearson(std: StdCurves, table: pa.Table) -> Floats:
 
 
 def _alike(values: Floats, offsets: NDArray[np.int32]) -> Iterator[tuple[Rows, Floats, Floats]]:
-    """Groups of rows with equally many layers and equal gaps: which rows, their σ [rows, n], and relative depths [n]."""
+    """Groups of rows with equally many layers and equal gaps: which, their σ [rows, n], and relative depths [n]."""
     lengths = np.diff(offsets)
     gappy = np.zeros(len(lengths), np.bool_)
     nans = offsets[0] + np.flatnonzero(np.isnan(values[offsets[0] : offsets[-1]]))
@@ -68,7 +68,7 @@ def _alike(values: Floats, offsets: NDArray[np.int32]) -> Iterator[tuple[Rows, F
 
 
 def _same_gaps(values: Floats, offsets: NDArray[np.int32], rows: Rows, length: int) -> Iterator[tuple[Rows, Rows]]:
-    """Which of the rows share a pattern of gaps, and the layers it leaves. Hybrids have few patterns, other models none."""
+    """Which of the rows share a pattern of gaps, and the layers it leaves. Hybrids have few patterns, others none."""
     gaps = np.isnan(values.take(offsets[rows][:, None] + np.arange(length)))
     patterns: dict[bytes, list[int]] = {}
     for row, pattern in zip(rows.tolist(), gaps, strict=True):
@@ -87,7 +87,7 @@ def _correlations(ours: Curve, theirs: Floats, depth: Floats) -> Floats:
     norms = np.sqrt(np.einsum("ij,ij->i", y, y))
     x_norm, x_level = np.linalg.norm(x - x.mean()), abs(x.mean())
     with np.errstate(all="ignore"):  # what is not plain is computed again
-        found = np.clip(y @ (x - x.mean()) / (norms * x_norm), -1.0, 1.0)
+        found: Floats = np.clip(y @ (x - x.mean()) / (norms * x_norm), -1.0, 1.0)
         plain = (norms > _PLAIN * level) & (level > _MIDDLE[0]) & (level < _MIDDLE[1])
         plain &= (x_norm > _PLAIN * x_level) & (x_level > _MIDDLE[0]) & (x_level < _MIDDLE[1])
     for row in np.flatnonzero(~plain):

@@ -115,7 +115,7 @@ class LocalStore:
                 raise
             self._unnamed = False
             return False
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(descriptor)
