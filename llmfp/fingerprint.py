@@ -288,6 +288,11 @@ def main_tower(towers: Mapping[str, object]) -> str:
     return next((name for name in ("decoder", "encoder") if name in towers), next(iter(towers)))
 
 
+def tower_kind(towers: Mapping[str, object], tower: str) -> str:
+    """What a tower may be held against: its name, after "seq2seq " where it belongs to an encoder-decoder."""
+    return f"seq2seq {tower}" if "cross" in towers and tower != "vision" else tower
+
+
 def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
     return {
         "layers": list(tower.layers),

@@ -11,7 +11,7 @@ from llmfp.evidence import null as nulls
 from llmfp.evidence.profile import BINS, Profile, profile
 from llmfp.evidence.residual import STRUCTURE_LEVEL, Residual, residual_symmetry
 from llmfp.evidence.verdict import Missing, Outcome, Verdict, decide, same_weights
-from llmfp.fingerprint import Fingerprint, TowerFingerprint, main_tower
+from llmfp.fingerprint import Fingerprint, TowerFingerprint, main_tower, tower_kind
 
 SCHEMA = "llmfp.comparison/1"
 TESTS = ("residual", "heads", "coherence", "profile")
@@ -163,7 +163,7 @@ def _identical(a: Fingerprint, b: Fingerprint, tower_a: TowerFingerprint, tower_
 
 
 def _kind(fingerprint: Fingerprint, tower: str) -> str:
-    return f"seq2seq {tower}" if "cross" in fingerprint.towers and tower != "vision" else tower
+    return tower_kind(fingerprint.towers, tower)
 
 
 def _place(
