@@ -1,4 +1,4 @@
-"""The back ends: four implementations of the same five verbs, one of them the definition.
+"""The back ends: four implementations of the same six verbs, one of them the definition.
 
 `reference` is the truth (float64, NumPy, a page); `native_cpu` is what a scan runs; `torch_fallback` runs wherever
 torch runs; `triton_gpu` runs on a GPU, or interpreted for tests. Modules are imported when they are asked for, so that
@@ -44,6 +44,9 @@ class Backend(Protocol):
 
     def marginals(self, chunk: Chunk) -> Marginals:
         """Row and column statistics of every unit of the chunk; each stored byte is read from memory once."""
+
+    def expand(self, chunk: Chunk, out: Buffer) -> None:
+        """The chunk's elements times its weights as float32 [rows, cols] into `out`; NaN where they are not finite."""
 
     def merge(self, parts: Sequence[Marginals]) -> Marginals:
         """Consecutive parts as one: rows concatenated, columns folded left to right, unit by unit (Chan 1979)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from llmfp.errors import BackendError
 from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments
@@ -45,21 +46,7 @@ class NativeCpu:
 
     def marginals(self, chunk: Chunk) -> Marginals:
         row_mean, row_m2, col_mean, col_m2, weighted_mean, weighted_m2, cross, abs_max, nonfinite = _native.marginals(
-            self._simd(),
-            chunk.data,
-            chunk.dtype,
-            chunk.rows,
-            chunk.cols,
-            chunk.offset_bytes,
-            chunk.row_stride_bytes,
-            chunk.unit_rows,
-            chunk.col_weight,
-            chunk.row_weight,
-            chunk.cross,
-            None if chunk.coding is None else _fields(chunk.coding),
-            None if chunk.low_rank is None else _fields(chunk.low_rank),
-            chunk.first_row,
-            chunk.first_col,
+            *self._arguments(chunk)
         )
         units, rest = divmod(chunk.rows, chunk.unit_rows)
         weighted = None
@@ -75,6 +62,9 @@ class NativeCpu:
             abs_max=abs_max,
             nonfinite=nonfinite,
         )
+
+    def expand(self, chunk: Chunk, out: Buffer) -> None:
+        _native.expand(self._arguments(chunk), out)
 
     def merge(self, parts: Sequence[Marginals]) -> Marginals:
         counts = [part.counts for part in parts]
@@ -105,6 +95,26 @@ class NativeCpu:
         centre_square: float = 0.0,
     ) -> Buffer:
         return _native.log_rms(moments.mean, moments.m2, count, weight, cross, centre_square)
+
+    def _arguments(self, chunk: Chunk) -> tuple[Any, ...]:
+        """A chunk as the extension takes it."""
+        return (
+            self._simd(),
+            chunk.data,
+            chunk.dtype,
+            chunk.rows,
+            chunk.cols,
+            chunk.offset_bytes,
+            chunk.row_stride_bytes,
+            chunk.unit_rows,
+            chunk.col_weight,
+            chunk.row_weight,
+            chunk.cross,
+            None if chunk.coding is None else _fields(chunk.coding),
+            None if chunk.low_rank is None else _fields(chunk.low_rank),
+            chunk.first_row,
+            chunk.first_col,
+        )
 
     def _folded(self, counts: Sequence[tuple[int, ...]], parts: Sequence[Moments]) -> Moments:
         listed = [(n, part.mean, part.m2) for n, part in zip(counts, parts, strict=True)]

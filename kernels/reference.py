@@ -145,6 +145,15 @@ class Reference:
             nonfinite=int(finite.size - finite.sum()),
         )
 
+    def expand(self, chunk: Chunk, out: Buffer) -> None:
+        values = decode(chunk)
+        if chunk.col_weight is not None:
+            values = values * np.frombuffer(chunk.col_weight, np.float32)
+        if chunk.row_weight is not None:
+            values = values * np.frombuffer(chunk.row_weight, np.float32)[:, None]
+        with np.errstate(over="ignore"):
+            np.frombuffer(out, np.float32)[:] = np.where(np.isfinite(values), values, np.nan).ravel()
+
     def merge(self, parts: Sequence[Marginals]) -> Marginals:
         counts = [n for part in parts for n in part.counts]
         weighted_rows = [p.weighted_row for p in parts if p.weighted_row is not None]

@@ -32,6 +32,7 @@ def scan(
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
     planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
@@ -43,6 +44,7 @@ def scan(
     reader        auto, mmap or pread; changes no bit of the result
     threads       as many as there are cores when None; changes no bit of the result
     memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
+    deep          also look at what heads compute (llmfp.circuits), which comparisons ask for and plain σ does not
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
@@ -54,7 +56,7 @@ def scan(
     start = time.perf_counter()
     checkpoint, attention, chosen, opened = _open(path, base, tower, backend, reader)
     try:
-        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
         if planned is not None:
             planned(plan_)
         result = engine.run(plan_, chosen, opened, progress)
@@ -72,11 +74,12 @@ def plan(
     reader: str = "auto",
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
     checkpoint, attention, chosen, opened = _open(Path(source), base, tower, backend, reader, probe=False)
     opened.close()
-    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes)
+    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
 
 
 def compare(
@@ -140,6 +143,7 @@ def _plan(
     reader: Reader,
     threads: int | None,
     memory_bytes: int,
+    deep: bool,
 ) -> Plan:
     return make_plan(
         checkpoint,
@@ -150,6 +154,7 @@ def _plan(
         step_bytes=reader.step_bytes,
         extra_bytes=reader.extra_bytes,
         memory_bytes=memory_bytes,
+        deep=deep,
     )
 
 
@@ -167,6 +172,9 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
             tower.head_dim,
             tower.hidden_size,
             {role: tuple(column) for role, column in columns.items()},
+            tower.rotary,
+            tower.indexed_heads,
+            tuple(result.circuits.get((tower.name, layer)) for layer in layers) if plan.circuits else None,
         )
     checkpoint = plan.checkpoint
     return Fingerprint(

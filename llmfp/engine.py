@@ -13,7 +13,9 @@ import threading
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
@@ -23,6 +25,9 @@ from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
+
+if TYPE_CHECKING:
+    from llmfp.circuits import Circuits, LayerGrams
 
 Progress = Callable[[int, int], None]
 """Called about ten times a second with (bytes reduced, bytes in all)."""
@@ -51,9 +56,11 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All statistics by (tower, layer, role), the digest over all marginals, and what should be said with them."""
+    """All statistics by (tower, layer, role), circuits by (tower, layer) of a deep scan, the digest over all marginals,
+    and what should be said with them."""
 
     statistics: Mapping[tuple[str, int, str], Statistics]
+    circuits: Mapping[tuple[str, int], Circuits]
     digest: str
     caveats: tuple[str, ...]
 
@@ -64,7 +71,22 @@ def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None 
     Raises CheckpointError when a file cannot be read to the end or changes under way, and whatever interrupts the
     calling thread, after all workers have stopped.
     """
-    scan = _Scan(plan, backend, reader)
+    with _one_blas_thread() if plan.circuits else nullcontext():
+        return _run(_Scan(plan, backend, reader), progress)
+
+
+def _one_blas_thread() -> AbstractContextManager[object]:
+    """Our own threads multiply side by side; and a product's rounding must not depend on how BLAS divides it."""
+    from threadpoolctl import threadpool_limits
+
+    import llmfp.circuits  # noqa: F401  BLAS has to be loaded to be limited
+
+    limits: AbstractContextManager[object] = threadpool_limits(1, user_api="blas")
+    return limits
+
+
+def _run(scan: _Scan, progress: Progress | None) -> Result:
+    plan = scan.plan
     workers = [threading.Thread(target=scan.work, name=f"scan-{n}", daemon=True) for n in range(plan.threads)]
     try:
         for worker in workers:
@@ -100,6 +122,7 @@ class _Scan:
         steps = Counter((step.task, step.second) for step in plan.steps)
         self._passes = {key: _Pass(backend, count) for key, count in steps.items()}
         self._order = self._positions(plan.steps)
+        self._steps_of = Counter(step.task for step in plan.steps if not step.second)
         self._gains: dict[NormGain, Buffer | None] = {}
         self._gain_lock = threading.Lock()
         self._decoders: dict[TensorSpec, _Decoder] = {}
@@ -112,6 +135,9 @@ class _Scan:
             for vector in tower.vectors:
                 self._vectors.setdefault(vector.view.tensor, []).append((tower.name, vector))
         self._ledger = _Ledger(plan.tasks)
+        self._circuits: dict[tuple[str, int], Circuits] = {}
+        self._grams: dict[tuple[str, int], LayerGrams] = {}
+        self._keys_are_here = {key: threading.Event() for key in plan.circuits}
 
     @staticmethod
     def _positions(steps: Sequence[Step]) -> list[int]:
@@ -132,8 +158,8 @@ class _Scan:
             with self.lock:
                 self.error = self.error or error
             self.stop = True
-            for each in self._passes.values():
-                each.done.set()
+            for event in (*(each.done for each in self._passes.values()), *self._keys_are_here.values()):
+                event.set()
         finally:
             with self.lock:
                 self._workers_left -= 1
@@ -142,7 +168,7 @@ class _Scan:
                 self.finished.set()
 
     def result(self) -> Result:
-        return Result(self._statistics, self._ledger.digest(), tuple(self._caveats))
+        return Result(self._statistics, self._circuits, self._ledger.digest(), tuple(self._caveats))
 
     def _take(self) -> int | None:
         with self.lock:
@@ -181,11 +207,11 @@ class _Scan:
         decoder = self._decoder(task)
         try:
             data, position = self.reader.read(step)
-            parts = [
-                self.backend.marginals(self._chunk(task, projection, step, data, position, first, decoder))
-                for projection in task.projections
-            ]
-            del data
+            chunks = [self._chunk(task, p, step, data, position, first, decoder) for p in task.projections]
+            parts = [self.backend.marginals(chunk) for chunk in chunks]
+            if (task.tower, task.layer) in self.plan.circuits and not step.second:
+                self._multiply(number, chunks, position + step.nbytes)
+            del data, chunks
             self.reader.release(step)
         except OSError as error:
             raise self._unreadable(task.tensor, error) from None
@@ -242,6 +268,66 @@ class _Scan:
             first_row=first_row,
             first_col=view.start % task.row_stride,
         )
+
+    def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> None:
+        """Hands a step's rows to the Gram matrices of its layer; `stop`: where they end in their buffer."""
+        step = self.plan.steps[number]
+        task = self.plan.tasks[step.task]
+        key = task.tower, task.layer
+        grams, row = self._layer_grams(key), step.group * task.rows + step.row
+        by_role = {p.role: chunk for p, chunk in zip(task.projections, chunks, strict=True)}
+        if Role.K in by_role and Role.Q not in by_role:
+            grams.keep(row, self._copied(by_role[Role.K], stop))
+        if task.asks:
+            self._keys_are_here[key].wait()
+            if self.stop:
+                return
+        for role, chunk in by_role.items():
+            if role not in grams.heads.projections:
+                continue
+            keys = by_role.get(Role.K) if role is Role.Q else None
+            if grams.add(role, row, self._order[number], chunk, keys):
+                self._close_circuits(key, grams)
+
+    def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
+        from llmfp.circuits import LayerGrams
+
+        with self.lock:
+            if key not in self._grams:
+                heads = self.plan.circuits[key]
+                steps = {
+                    p.role: self._steps_of[n]
+                    for n, task in enumerate(self.plan.tasks)
+                    if (task.tower, task.layer) == key
+                    for p in task.projections
+                    if p.role in heads.projections
+                }
+                self._grams[key] = LayerGrams(heads, self.backend, steps, self._keys_are_here[key])
+            return self._grams[key]
+
+    def _copied(self, chunk: Chunk, stop: int) -> Chunk:
+        """The chunk in a buffer of its own. A mapped file may shrink meanwhile: OSError."""
+        start = chunk.offset_bytes
+        kept = bytearray(stop - start)
+        if self.backend.guards_mapped_pages:
+            from llmfp import _native
+
+            _native.copy(chunk.data, start, kept)
+        else:
+            kept[:] = memoryview(chunk.data).cast("B")[start:stop]
+        return replace(chunk, data=kept, offset_bytes=0)
+
+    def _close_circuits(self, key: tuple[str, int], grams: LayerGrams) -> None:
+        from llmfp.circuits import circuits
+
+        found = circuits(grams.finish(), grams.heads.projections[Role.Q].view.inputs, grams.heads.rotary)
+        with self.lock:
+            del self._grams[key]
+            if found is None:
+                tower, layer = key
+                self._caveats[f"the heads of {tower} layer {layer} have no circuits: zero or non-finite weights"] = None
+            else:
+                self._circuits[key] = found
 
     def _decoder(self, task: Task) -> _Decoder:
         """What a tensor's bytes need to become numbers: read once, before its first task, and kept until its last."""

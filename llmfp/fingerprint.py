@@ -8,6 +8,12 @@ holds `llmfp.schema` and, under `llmfp`, the JSON object that `scan --json` prin
     {tower}.{role}.std        float64[L]        {tower}.{role}.residual   float16[L, hidden]
     {tower}.{role}.abs_max    float64[L]
 
+and, of a deep scan, per tower (llmfp.circuits says what they are):
+
+    {tower}.qk_norm           float64[L, heads]         {tower}.ov_norm         float64[L, heads]
+    {tower}.coherence         float16[L, entries]       {tower}.head_coherence  float16[L, heads, 256]
+    {tower}.qk_spectrum       float16[L, heads, size]   {tower}.ov_spectrum     float16[L, heads, size]
+
 A layer without that role has count 0 and NaN elsewhere; where heads or hidden size differ between layers, rows are
 padded with NaN at the end.
 """
@@ -24,7 +30,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
-from llmfp.architecture.specs import ROLES
+from llmfp.architecture.specs import ROLES, Rotary
 from llmfp.checkpoint import strict_json
 from llmfp.engine import Statistics
 from llmfp.errors import CheckpointError, FingerprintError
@@ -33,8 +39,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llmfp.circuits import Circuits
+
 SCHEMA = "llmfp.fingerprint/1"
 SUFFIX = ".fp.safetensors"
+CIRCUIT_ARRAYS = {"qk_norm": "float64", "ov_norm": "float64", "coherence": "float16", "head_coherence": "float16"}
+CIRCUIT_ARRAYS |= {"qk_spectrum": "float16", "ov_spectrum": "float16"}
+"""What a deep scan keeps of every tower, and in which dtype."""
+_PER_LAYER, _PER_HEAD = ("coherence",), ("qk_norm", "ov_norm")
+"""Arrays of one row a layer, and of one number a head; the others have a row a head."""
 _MAX_FILE_BYTES = 256 << 20
 _SAVED: dict[type | UnionType, tuple[str, ...]] = {
     str: ("architecture", "digest"),
@@ -52,7 +65,10 @@ _SAVED_RUN: dict[type | UnionType, tuple[str, ...]] = {
 class TowerFingerprint:
     """One tower's statistics by role; sequences run over `layers`, None where a layer has none.
 
-    std, mean     population std and mean of all elements
+    std, mean      population std and mean of all elements
+    rotary         how queries and keys are turned; None where they are not, or it is not known
+    indexed_heads  heads differ by design, so that their order carries meaning
+    circuits       what a deep scan keeps of every layer's heads; None from a plain one
     """
 
     layers: tuple[int, ...]
@@ -61,6 +77,9 @@ class TowerFingerprint:
     head_dim: int | None
     hidden_size: int
     statistics: Mapping[str, tuple[Statistics | None, ...]]
+    rotary: Rotary | None = None
+    indexed_heads: bool = False
+    circuits: tuple[Circuits | None, ...] | None = None
 
     @property
     def std(self) -> dict[str, list[float | None]]:
@@ -95,6 +114,27 @@ class TowerFingerprint:
             for s in self.statistics[role]
         ]
         return _stack(rows, np.float16)
+
+    def circuit(self, name: str) -> NDArray[Any] | None:
+        """[L, …], an array of a deep scan by its name above, NaN where a layer has none; None where no layer has it."""
+        import numpy as np
+
+        rows: list[NDArray[Any] | None] = []
+        for each in self.circuits or ():
+            buffer = None if each is None else getattr(each, name)
+            if each is None or buffer is None:
+                rows.append(None)
+            else:
+                row = np.frombuffer(buffer, CIRCUIT_ARRAYS[name])
+                rows.append(row if name in _PER_LAYER else row.reshape(len(each.qk_norm) // 8, -1))
+        shapes = [row.shape for row in rows if row is not None]
+        if not shapes:
+            return None
+        stacked: NDArray[Any] = np.full((len(rows), *np.max(shapes, axis=0)), np.nan, CIRCUIT_ARRAYS[name])
+        for i, known in enumerate(rows):
+            if known is not None:
+                stacked[i][tuple(slice(size) for size in known.shape)] = known
+        return stacked.squeeze(2) if name in _PER_HEAD else stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +306,48 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
             )
         statistics[role] = tuple(column)
     hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
-    return TowerFingerprint(layers, saved["heads"], saved["kv_heads"], saved["head_dim"], hidden_size, statistics)
+    return TowerFingerprint(
+        layers,
+        saved["heads"],
+        saved["kv_heads"],
+        saved["head_dim"],
+        hidden_size,
+        statistics,
+        rotary=_restored_rotary(saved["rotary"]),
+        indexed_heads=saved["indexed_heads"] is True,
+        circuits=_restored_circuits(name, len(layers), arrays) if saved["deep"] is True else None,
+    )
+
+
+def _restored_rotary(saved: Any) -> Rotary | None:
+    if saved is None:
+        return None
+    pairs = _expect(_expect(saved, dict, "rotary")["pairs"], int, "rotary.pairs")
+    return Rotary(pairs, saved["interleaved"] is True)
+
+
+def _restored_circuits(tower: str, layers: int, arrays: Mapping[str, NDArray[Any]]) -> tuple[Circuits | None, ...]:
+    from llmfp.circuits import Circuits
+
+    kept: list[dict[str, Any]] = [{} for _ in range(layers)]
+    for name, dtype in CIRCUIT_ARRAYS.items():
+        array = arrays.get(f"{tower}.{name}")
+        rank = 3 - (name in _PER_LAYER) - (name in _PER_HEAD)
+        if array is not None and (array.dtype != dtype or array.ndim != rank or len(array) != layers):
+            raise ValueError(f"{tower}.{name} is {array.dtype} {list(array.shape)}")
+        for i in range(layers):
+            kept[i][name] = None if array is None else _known(array[i])
+    return tuple(Circuits(**each) if each["qk_norm"] is not None else None for each in kept)
+
+
+def _known(row: NDArray[Any]) -> bytes | None:
+    """Without the NaN that layers of other sizes are filled up with; None where nothing is left."""
+    import numpy as np
+
+    missing = np.isnan(row)
+    if missing.all():
+        return None
+    return row[..., ~missing.reshape(-1, row.shape[-1]).all(axis=0)].tobytes()
 
 
 def _unpadded(row: NDArray[Any], nonfinite: int) -> bytes:
@@ -303,6 +384,9 @@ def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
         "std": tower.std,
         "mean": tower.mean,
         "roles": tower.roles,
+        "rotary": None if (r := tower.rotary) is None else {"pairs": r.pairs, "interleaved": r.interleaved},
+        "indexed_heads": tower.indexed_heads,
+        "deep": tower.circuits is not None,
     }
 
 
@@ -325,6 +409,9 @@ def _arrays(towers: Mapping[str, TowerFingerprint]) -> dict[str, NDArray[Any]]:
             arrays[f"{prefix}.residual"] = tower.residual(role)
             if any(s is not None and s.head_std is not None for s in column):
                 arrays[f"{prefix}.head_std"] = tower.head_std(role)
+        for array in CIRCUIT_ARRAYS:
+            if (stacked := tower.circuit(array)) is not None:
+                arrays[f"{name}.{array}"] = stacked
     return arrays
 
 

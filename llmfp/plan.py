@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from llmfp.architecture import AttentionMap, NormGain, Projection
+from llmfp.architecture import AttentionMap, LayerHeads, NormGain, Projection, Role, layer_heads
 from llmfp.architecture.matching import pattern
 from llmfp.checkpoint import Checkpoint, LoraSpec, TensorSpec
 from llmfp.encoding import Encoding
@@ -28,6 +28,8 @@ FIXED_BYTES = 6 << 20
 """Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
 NUMPY_BYTES = 24 << 20
 """What importing NumPy costs, which makes the scales of quantised tensors ready."""
+BLAS_BYTES = 16 << 20
+"""What its BLAS costs on top, which multiplies heads in a deep scan; per thread."""
 MAX_THREADS = 32
 
 
@@ -67,6 +69,12 @@ class Task:
         return self.projections[0].layer
 
     @property
+    def asks(self) -> bool:
+        """Whether it holds queries and not their keys."""
+        roles = {p.role for p in self.projections}
+        return Role.Q in roles and Role.K not in roles
+
+    @property
     def gains(self) -> tuple[NormGain, ...]:
         return tuple(dict.fromkeys(p.gain for p in self.projections if p.gain is not None))
 
@@ -87,7 +95,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most."""
+    """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most.
+
+    circuits: by tower and layer, the heads whose circuits a deep scan looks at; empty in a plain one.
+    """
 
     checkpoint: Checkpoint
     attention: AttentionMap
@@ -96,6 +107,7 @@ class Plan:
     threads: int
     memory_bytes: int
     needed_bytes: int
+    circuits: Mapping[tuple[str, int], LayerHeads]
 
     @property
     def attention_bytes(self) -> int:
@@ -182,6 +194,7 @@ class Plan:
             "bytes_read": self.total_bytes,
             "bytes_total": sum(shard.nbytes for shard in shards),
             "requests": len(self.steps),
+            "deep": bool(self.circuits),
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,
@@ -199,12 +212,15 @@ def make_plan(
     step_bytes: int = 8 << 20,
     extra_bytes: int = 0,
     memory_bytes: int = DEFAULT_MEMORY,
+    deep: bool = False,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
     extra_bytes: what a read may cost in resident memory beyond its own bytes.
+    deep: also look at the circuits of heads, wherever heads can be told apart.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
-    tasks = _tasks(attention)
+    circuits = {(t.name, heads.layer): heads for t in attention.towers for heads in layer_heads(t)} if deep else {}
+    tasks = _tasks(attention, circuits)
     for task in tasks:
         if task.tensor.encoding is None and task.tensor.dtype not in backend.dtypes:
             raise EncodingError(
@@ -213,9 +229,10 @@ def make_plan(
                 hint="llmfp-fast backends lists what each one reads",
             )
     wanted = threads or min(max(_available_cores(), min_threads), MAX_THREADS)
-    fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks)
-    costs = [_unit_cost(task, backend) for task in tasks]
+    fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks, circuits)
+    costs = [_unit_cost(task, backend, circuits.get((task.tower, task.layer))) for task in tasks]
     largest = max(range(len(tasks)), key=lambda i: costs[i])
+    extra_bytes += BLAS_BYTES if circuits else 0
     threads = max(1, min(wanted, (memory_bytes - fixed) // (costs[largest] + extra_bytes)))
     least = fixed + costs[largest] + extra_bytes
     if least > memory_bytes:
@@ -223,7 +240,7 @@ def make_plan(
         raise PlanError(
             f"{checkpoint.shards[worst.shard].path}: tensor {worst.name!r} needs a memory budget of "
             f"{_mebibytes(least)}, the budget is {_mebibytes(memory_bytes)}",
-            hint=f"raise --memory to {_mebibytes(least)} or more",
+            hint=f"raise --memory to {_mebibytes(least)} or more" + (", or give --no-deep" if circuits else ""),
         )
     share = (memory_bytes - fixed) // threads - extra_bytes
     steps: list[Step] = []
@@ -236,7 +253,7 @@ def make_plan(
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
-    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed)
+    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, circuits)
 
 
 def parse_size(text: str) -> int:
@@ -253,8 +270,9 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _tasks(attention: AttentionMap) -> list[Task]:
-    """Projections by shared rows, in the order of reading: tower, layer, then as they lie in the files."""
+def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHeads]) -> list[Task]:
+    """Projections by shared rows, in the order of reading: tower, layer, then as they lie in the files; but a layer's
+    queries behind its keys where both are multiplied."""
     shared: defaultdict[tuple[object, ...], list[Projection]] = defaultdict(list)
     for tower in attention.towers:
         for p in tower.projections:
@@ -281,7 +299,7 @@ def _tasks(attention: AttentionMap) -> list[Task]:
                 biases=biases.pop((str(key[0]), projections[0].layer), ()),
             )
         )
-    return tasks
+    return sorted(tasks, key=lambda task: (task.tower, task.layer, (task.tower, task.layer) in circuits and task.asks))
 
 
 def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
@@ -339,18 +357,44 @@ def _unit_bytes(task: Task) -> int:
     return rows * task.row_stride * task.tensor.itemsize
 
 
-def _unit_cost(task: Task, backend: Backend) -> int:
-    """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice."""
+def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
+    """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice, and what
+    multiplying its heads takes."""
     rows = min(task.unit_rows, task.rows)
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
     scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
-    return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results
+    multiplied = 0
+    for p in task.projections:
+        if heads is not None and p.role in heads.projections:
+            size = _head_size(heads, p.role)
+            if p.residual_is_stored_rows:  # a unit in float32, with its keys, and its share of every head's products
+                multiplied += 8 * rows * p.view.cols + 8 * p.view.cols * size
+            else:  # a head, its key head, and one that steps cut
+                multiplied += 12 * size * p.view.cols + 16 * size * size
+    return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results + multiplied
 
 
-def _kept_bytes(tasks: Sequence[Task]) -> int:
-    """Memory that outlives a step: gains, the fingerprint itself, and the statistics and scales of layers not yet
-    closed."""
+def _head_size(heads: LayerHeads, role: Role) -> int:
+    return heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
+
+
+def _gram_bytes(heads: LayerHeads) -> int:
+    """What a layer keeps until its last step: products of all heads, and K as it is stored."""
+    products = (2 * heads.heads + heads.kv_heads) * heads.size**2
+    products += (heads.heads + heads.kv_heads) * (heads.value_size or 0) ** 2
+    return 8 * products + heads.projections[Role.K].view.nbytes
+
+
+def _circuit_bytes(heads: LayerHeads) -> int:
+    """What the fingerprint keeps of a layer's heads."""
+    kept = 2 * heads.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 4 * heads.heads * heads.size
+    return kept + 16 * heads.heads + 1024
+
+
+def _kept_bytes(tasks: Sequence[Task], circuits: Mapping[tuple[str, int], LayerHeads]) -> int:
+    """Memory that outlives a step: gains, the fingerprint itself, and the statistics, scales and products of layers not
+    yet closed."""
     gains = sum(4 * gain.tensor.shape[0] for gain in {gain for task in tasks for gain in task.gains})
     fingerprint = layer_bytes = 0
     by_layer: Counter[tuple[str, int]] = Counter()
@@ -362,7 +406,10 @@ def _kept_bytes(tasks: Sequence[Task]) -> int:
             by_layer[task.tower, task.layer] += encoding.kept_bytes
         if (lora := task.tensor.lora) is not None:
             by_layer[task.tower, task.layer] += 12 * lora.a.shape[0] * (lora.a.shape[1] + lora.b.shape[0])
-    prepared = any(encoding.parts for _, encoding in _encoded(tasks)) or any(_loras(tasks))
+    for key, heads in circuits.items():
+        fingerprint += _circuit_bytes(heads)
+        by_layer[key] += _gram_bytes(heads)
+    prepared = bool(circuits) or any(encoding.parts for _, encoding in _encoded(tasks)) or any(_loras(tasks))
     layer_bytes = 2 * max(by_layer.values())
     return gains + fingerprint + layer_bytes + (NUMPY_BYTES if prepared else 0)
 

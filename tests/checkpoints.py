@@ -223,6 +223,8 @@ LAYOUTS: dict[str, list[Layout]] = {
             before="input_layernorm.weight", after="post_self_attn_layernorm.weight",
         )
     ],
+    "glm": [_llama_like("glm", "glm", before="input_layernorm.weight")],
+    "ernie4_5": [_llama_like("ernie4_5", "helium", before="input_layernorm.weight")],
     "cohere": [_llama_like("cohere", "cohere", norm="layer", before="input_layernorm.weight")],
     "starcoder2": [
         _llama_like("starcoder2", "phimoe", "input_layernorm.bias", norm="layer", before="input_layernorm.weight")

@@ -89,11 +89,14 @@ struct Job {
     double *col_mean, *col_m2, *weighted_col_mean, *weighted_col_m2, *cross_sum;
     double abs_max;
     uint64_t nonfinite;
+    float *out; // [rows, cols] of expand
 };
 
 struct Level {
     const char *name;
     void (*marginals)(Job *);
+    // Elements times scratch.gain (by column) or row_weight, where there are such, as float into `out`.
+    void (*expand)(Job *);
     // Column moments of n more rows onto those of the `total` rows before them; unit_mean, unit_m2: float64, unaligned.
     void (*fold)(double total, double *mean, double *m2, double n, const unsigned char *unit_mean,
                  const unsigned char *unit_m2, size_t cols);

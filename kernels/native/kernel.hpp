@@ -591,6 +591,23 @@ inline void fold_unit(double total, double *mean, double *m2, double n, const un
     }
 }
 
+template <class L> void expand(Job *job) {
+    alignas(64) float stage[STAGE_COLS + 16]; // decoding may write a vector too many
+    const float *__restrict gain = job->scratch.gain;
+    for (size_t row = 0; row < job->rows; row++)
+        for (size_t column = 0; column < job->cols; column += STAGE_COLS) {
+            const size_t n = smaller(job->cols - column, STAGE_COLS);
+            float *__restrict out = job->out + row * job->cols + column;
+            decode<L>(*job, row, column, n, stage);
+            if (gain)
+                for (size_t j = 0; j < n; j++) out[j] = stage[j] * gain[column + j];
+            else if (job->row_weight)
+                for (size_t j = 0; j < n; j++) out[j] = stage[j] * job->row_weight[row];
+            else
+                memcpy(out, stage, 4 * n);
+        }
+}
+
 template <class L> void marginals(Job *job) {
     if (job->has_coding || job->rank) return units_of<L, Dtype::F32, true>(*job);
     switch (job->dtype) {

@@ -367,82 +367,105 @@ struct Run {
     Job job;
 };
 
-void run(void *argument) {
+void run_marginals(void *argument) {
     Run *each = static_cast<Run *>(argument);
     each->level->marginals(&each->job);
 }
 
+void run_expand(void *argument) {
+    Run *each = static_cast<Run *>(argument);
+    each->level->expand(&each->job);
+}
+
 // Float32 exactly as IEEE 754 has it (another library may have set flush-to-zero), whatever the thread's state was.
-bool run_guarded(Run &each, size_t nbytes) {
+bool run_guarded(Run &each, size_t nbytes, void (*work)(void *)) {
     fenv_t state;
     fegetenv(&state);
     fesetenv(FE_DFL_ENV);
-    const bool whole = guarded(each.job.data, nbytes, run, &each);
+    const bool whole = guarded(each.job.data, nbytes, work, &each);
     fesetenv(&state);
     return whole;
 }
 
-// marginals(level, data, dtype, rows, cols, offset_bytes, row_stride_bytes, unit_rows, col_weight, row_weight, cross,
-// coding, low_rank, first_row, first_col): see llmfp.marginals.Chunk; coding and low_rank are tuples of their fields. Returns row mean and M2, column mean and M2, weighted mean and M2 (of rows under
-// col_weight, of columns under row_weight, else None twice), cross or None, abs_max, nonfinite.
-PyObject *py_marginals(PyObject *, PyObject *args) {
-    PyObject *data_object, *col_weight_object, *row_weight_object, *coding_object, *low_rank_object;
-    const char *level_name, *dtype_name;
-    Py_ssize_t rows, cols, offset, stride, unit_rows, first_row, first_col;
-    int cross;
-    if (!PyArg_ParseTuple(args, "sOsnnnnnOOpOOnn:marginals", &level_name, &data_object, &dtype_name, &rows, &cols,
-                          &offset, &stride, &unit_rows, &col_weight_object, &row_weight_object, &cross, &coding_object,
-                          &low_rank_object, &first_row, &first_col))
-        return nullptr;
+// A llmfp.marginals.Chunk in the order (level, data, dtype, rows, cols, offset_bytes, row_stride_bytes, unit_rows,
+// col_weight, row_weight, cross, coding, low_rank, first_row, first_col); coding and low_rank are tuples of their fields.
+struct Input {
     Run each;
-    each.level = level_named(level_name);
-    if (!each.level) return nullptr;
-    const Name *known = nullptr;
-    for (const Name &each : DTYPES)
-        if (!strcmp(each.name, dtype_name)) known = &each;
-    const bool coded = coding_object != Py_None;
-    if (!known && !coded) return PyErr_Format(PyExc_ValueError, "unknown dtype %s", dtype_name);
     Beside beside;
     View data, col_weight, row_weight;
-    if (!data.open(data_object)) return nullptr;
-    if (rows < 1 || cols < 1 || unit_rows < 1) return refuse("rows, cols and unit_rows must be at least 1");
-    if (offset < 0 || stride < 0) return refuse("offset_bytes and row_stride_bytes must not be negative");
-    if (first_row < 0 || first_col < 0) return refuse("first_row and first_col must not be negative");
-    if (coded || low_rank_object != Py_None)
-        for (Py_ssize_t n : {rows, cols, first_row, first_col})
-            if (n > LARGEST / 2) return refuse("too many rows or columns");
-    const size_t size = data.size(), n_cols = static_cast<size_t>(cols), n_rows = static_cast<size_t>(rows);
-    Job &job = each.job;
-    memset(&job, 0, sizeof job);
-    job.rows = n_rows, job.cols = n_cols;
-    job.row_stride = static_cast<size_t>(stride), job.unit_rows = static_cast<size_t>(unit_rows);
-    job.first_row = static_cast<size_t>(first_row), job.first_col = static_cast<size_t>(first_col);
-    job.cross = cross;
-    // The last element must end inside the buffer; each step is checked before it can overflow.
-    size_t last_row, row_bytes, end;
-    if (coded) {
-        if (!read_coding(coding_object, job, beside, end)) return nullptr;
-    } else {
-        job.dtype = known->dtype;
-        if (__builtin_mul_overflow(n_cols, itemsize(known->dtype), &row_bytes) ||
-            __builtin_mul_overflow(n_rows - 1, job.row_stride, &last_row) ||
-            __builtin_add_overflow(last_row, row_bytes, &end))
-            return refuse("rows and columns reach beyond the end of the buffer");
-        if (rows > 1 && job.row_stride < row_bytes) return refuse("row_stride_bytes is shorter than a row");
-    }
-    if (__builtin_add_overflow(end, static_cast<size_t>(offset), &end) || end > size)
-        return refuse("rows and columns reach beyond the end of the buffer");
-    job.data = data.bytes() + offset;
-    if (low_rank_object != Py_None && !read_low_rank(low_rank_object, job, beside)) return nullptr;
-    if (col_weight_object != Py_None && row_weight_object != Py_None)
-        return refuse("col_weight and row_weight exclude each other");
-    if (cross && row_weight_object != Py_None) return refuse("cross and row_weight exclude each other");
-    if (col_weight_object != Py_None && !col_weight.open(col_weight_object)) return nullptr;
-    if (row_weight_object != Py_None && !row_weight.open(row_weight_object)) return nullptr;
-    if (col_weight.buffer.obj && col_weight.size() != 4 * n_cols) return refuse("col_weight is not float32[cols]");
-    if (row_weight.buffer.obj && row_weight.size() != 4 * n_rows) return refuse("row_weight is not float32[rows]");
+    size_t nbytes; // from the first element's byte to behind the last
 
-    const size_t units = (n_rows - 1) / static_cast<size_t>(unit_rows) + 1;
+    bool read(PyObject *tuple) {
+        PyObject *data_object, *col_weight_object, *row_weight_object, *coding_object, *low_rank_object;
+        const char *level_name, *dtype_name;
+        Py_ssize_t rows, cols, offset, stride, unit_rows, first_row, first_col;
+        int cross;
+        if (!PyArg_ParseTuple(tuple, "sOsnnnnnOOpOOnn:chunk", &level_name, &data_object, &dtype_name, &rows, &cols,
+                              &offset, &stride, &unit_rows, &col_weight_object, &row_weight_object, &cross,
+                              &coding_object, &low_rank_object, &first_row, &first_col))
+            return false;
+        each.level = level_named(level_name);
+        if (!each.level) return false;
+        const Name *known = nullptr;
+        for (const Name &name : DTYPES)
+            if (!strcmp(name.name, dtype_name)) known = &name;
+        const bool coded = coding_object != Py_None;
+        if (!known && !coded) return PyErr_Format(PyExc_ValueError, "unknown dtype %s", dtype_name) != nullptr;
+        if (!data.open(data_object)) return false;
+        if (rows < 1 || cols < 1 || unit_rows < 1) return refuse("rows, cols and unit_rows must be at least 1") != nullptr;
+        if (offset < 0 || stride < 0) return refuse("offset_bytes and row_stride_bytes must not be negative") != nullptr;
+        if (first_row < 0 || first_col < 0) return refuse("first_row and first_col must not be negative") != nullptr;
+        if (coded || low_rank_object != Py_None)
+            for (Py_ssize_t n : {rows, cols, first_row, first_col})
+                if (n > LARGEST / 2) return refuse("too many rows or columns") != nullptr;
+        const size_t n_cols = static_cast<size_t>(cols), n_rows = static_cast<size_t>(rows);
+        Job &job = each.job;
+        memset(&job, 0, sizeof job);
+        job.rows = n_rows, job.cols = n_cols;
+        job.row_stride = static_cast<size_t>(stride), job.unit_rows = static_cast<size_t>(unit_rows);
+        job.first_row = static_cast<size_t>(first_row), job.first_col = static_cast<size_t>(first_col);
+        job.cross = cross;
+        // The last element must end inside the buffer; each step is checked before it can overflow.
+        size_t last_row, row_bytes, end;
+        if (coded) {
+            if (!read_coding(coding_object, job, beside, nbytes)) return false;
+        } else {
+            job.dtype = known->dtype;
+            if (__builtin_mul_overflow(n_cols, itemsize(known->dtype), &row_bytes) ||
+                __builtin_mul_overflow(n_rows - 1, job.row_stride, &last_row) ||
+                __builtin_add_overflow(last_row, row_bytes, &nbytes))
+                return refuse("rows and columns reach beyond the end of the buffer") != nullptr;
+            if (rows > 1 && job.row_stride < row_bytes)
+                return refuse("row_stride_bytes is shorter than a row") != nullptr;
+        }
+        if (__builtin_add_overflow(nbytes, static_cast<size_t>(offset), &end) || end > data.size())
+            return refuse("rows and columns reach beyond the end of the buffer") != nullptr;
+        job.data = data.bytes() + offset;
+        if (low_rank_object != Py_None && !read_low_rank(low_rank_object, job, beside)) return false;
+        if (col_weight_object != Py_None && row_weight_object != Py_None)
+            return refuse("col_weight and row_weight exclude each other") != nullptr;
+        if (cross && row_weight_object != Py_None)
+            return refuse("cross and row_weight exclude each other") != nullptr;
+        if (col_weight_object != Py_None && !col_weight.open(col_weight_object)) return false;
+        if (row_weight_object != Py_None && !row_weight.open(row_weight_object)) return false;
+        if (col_weight.buffer.obj && col_weight.size() != 4 * n_cols)
+            return refuse("col_weight is not float32[cols]") != nullptr;
+        if (row_weight.buffer.obj && row_weight.size() != 4 * n_rows)
+            return refuse("row_weight is not float32[rows]") != nullptr;
+        return true;
+    }
+};
+
+// marginals(chunk): row mean and M2, column mean and M2, weighted mean and M2 (of rows under col_weight, of columns under
+// row_weight, else None twice), cross or None, abs_max, nonfinite.
+PyObject *py_marginals(PyObject *, PyObject *tuple) {
+    Input input;
+    if (!input.read(tuple)) return nullptr;
+    Job &job = input.each.job;
+    const View &col_weight = input.col_weight, &row_weight = input.row_weight;
+    const size_t n_rows = job.rows, n_cols = job.cols;
+
+    const size_t units = (n_rows - 1) / job.unit_rows + 1;
     size_t entries;
     if (__builtin_mul_overflow(units, n_cols, &entries) || entries > PY_SSIZE_T_MAX / 16) return PyErr_NoMemory();
     const size_t row_weight_bytes = (row_weight.buffer.obj ? 4 * n_rows + 63 : 0) / 64 * 64;
@@ -471,20 +494,49 @@ PyObject *py_marginals(PyObject *, PyObject *args) {
         job.row_weight = reinterpret_cast<const float *>(memory);
         job.exact = extreme(job.row_weight, n_rows);
     }
-    if (cross) {
+    if (job.cross) {
         if (!cross_sum.make(entries)) return nullptr;
         job.cross_sum = cross_sum.data;
     }
     install_handler();
     bool whole;
     Py_BEGIN_ALLOW_THREADS
-    whole = run_guarded(each, end - static_cast<size_t>(offset));
+    whole = run_guarded(input.each, input.nbytes, run_marginals);
     Py_END_ALLOW_THREADS
     if (!whole) return vanished();
 
     return Py_BuildValue("(NNNNNNNdK)", row_mean.give(), row_m2.give(), col_mean.give(), col_m2.give(),
                          weighted_mean.give(), weighted_m2.give(), cross_sum.give(), job.abs_max,
                          static_cast<unsigned long long>(job.nonfinite));
+}
+
+// expand(chunk, out): the chunk's elements times its weights as float32[rows, cols] into `out`; NaN where not finite.
+PyObject *py_expand(PyObject *, PyObject *args) {
+    PyObject *tuple, *out_object;
+    Input input;
+    View out;
+    if (!PyArg_ParseTuple(args, "O!O:expand", &PyTuple_Type, &tuple, &out_object) || !input.read(tuple) ||
+        !out.open(out_object, PyBUF_WRITABLE))
+        return nullptr;
+    Job &job = input.each.job;
+    size_t elements;
+    if (__builtin_mul_overflow(job.rows, job.cols, &elements) || out.size() / 4 != elements || out.size() % 4 ||
+        reinterpret_cast<uintptr_t>(out.bytes()) % 4)
+        return refuse("out is not float32[rows, cols]");
+    // Weights may lie anywhere; the kernel wants them aligned, and the GIL is released while it reads them.
+    std::vector<float> weights((input.col_weight.size() + input.row_weight.size()) / 4);
+    if (input.col_weight.buffer.obj) memcpy(weights.data(), input.col_weight.bytes(), input.col_weight.size());
+    if (input.row_weight.buffer.obj) memcpy(weights.data(), input.row_weight.bytes(), input.row_weight.size());
+    job.row_weight = input.row_weight.buffer.obj ? weights.data() : nullptr;
+    job.scratch.gain = input.col_weight.buffer.obj ? weights.data() : nullptr;
+    job.out = static_cast<float *>(out.buffer.buf);
+    install_handler();
+    bool whole;
+    Py_BEGIN_ALLOW_THREADS
+    whole = run_guarded(input.each, input.nbytes, run_expand);
+    Py_END_ALLOW_THREADS
+    if (!whole) return vanished();
+    Py_RETURN_NONE;
 }
 
 // ------------------------------------------------------------------------------------------------- merging and pooling
@@ -733,6 +785,7 @@ PyObject *py_levels(PyObject *, PyObject *) {
 
 PyMethodDef METHODS[] = {{"levels", py_levels, METH_NOARGS, nullptr},
                          {"marginals", py_marginals, METH_VARARGS, nullptr},
+                         {"expand", py_expand, METH_VARARGS, nullptr},
                          {"merge", py_merge, METH_VARARGS, nullptr},
                          {"add", py_add, METH_VARARGS, nullptr},
                          {"pool", py_pool, METH_VARARGS, nullptr},

@@ -3,7 +3,7 @@
 
 namespace llmfp {
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-static const Level level = {"avx2", marginals<Avx2>, fold_unit};
+static const Level level = {"avx2", marginals<Avx2>, expand<Avx2>, fold_unit};
 const Level *const avx2_level = &level;
 #else
 const Level *const avx2_level = nullptr;

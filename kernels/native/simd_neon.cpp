@@ -3,7 +3,7 @@
 
 namespace llmfp {
 #if defined(__aarch64__)
-static const Level level = {"neon", marginals<Neon>, fold_unit};
+static const Level level = {"neon", marginals<Neon>, expand<Neon>, fold_unit};
 const Level *const neon_level = &level;
 #else
 const Level *const neon_level = nullptr;

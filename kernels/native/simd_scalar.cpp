@@ -2,6 +2,6 @@
 #include "kernel.hpp"
 
 namespace llmfp {
-static const Level level = {"scalar", marginals<Scalar>, fold_unit};
+static const Level level = {"scalar", marginals<Scalar>, expand<Scalar>, fold_unit};
 const Level *const scalar_level = &level;
 } // namespace llmfp

@@ -4,7 +4,30 @@ Families are data (families/*.json), not branches: `families.py` reads them, `ma
 lays `WeightView`s over its tensors, `heads.py` counts heads.
 """
 
+from llmfp.architecture.heads import layer_heads
 from llmfp.architecture.matching import match
-from llmfp.architecture.specs import AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
+from llmfp.architecture.specs import (
+    AttentionMap,
+    LayerHeads,
+    NormGain,
+    Projection,
+    Role,
+    Rotary,
+    Tower,
+    Vector,
+    WeightView,
+)
 
-__all__ = ["AttentionMap", "NormGain", "Projection", "Role", "Tower", "Vector", "WeightView", "match"]
+__all__ = [
+    "AttentionMap",
+    "LayerHeads",
+    "NormGain",
+    "Projection",
+    "Role",
+    "Rotary",
+    "Tower",
+    "Vector",
+    "WeightView",
+    "layer_heads",
+    "match",
+]

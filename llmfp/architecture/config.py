@@ -22,6 +22,17 @@ def integer(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
     return next((config[key] for key in keys if type(config.get(key)) is int and config[key] > 0), None)
 
 
+def rotary_rows(config: Mapping[str, Any], head_dim: int, share: float) -> int:
+    """Rows of a head that a rotary embedding turns, an even number: as stated, else this share of them."""
+    if (rows := integer(config, ("rotary_dim",))) is None:
+        nested = config.get("rope_parameters")
+        places = (config, nested if isinstance(nested, Mapping) else {})
+        stated = (each.get(key) for each in places for key in ("partial_rotary_factor", "rotary_pct"))
+        share = next((value for value in stated if isinstance(value, int | float) and 0 < value <= 1), share)
+        rows = int(head_dim * share)
+    return min(rows, head_dim) // 2 * 2
+
+
 def model_types(config: Mapping[str, Any]) -> set[str]:
     nested = (value for value in config.values() if isinstance(value, Mapping))
     stated = (each.get("model_type") for each in (config, *nested))

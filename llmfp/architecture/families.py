@@ -24,6 +24,14 @@ A family file says how attention tensors are named and laid out and what the nor
           "witness": "mlp.c_fc_0.weight",           a name that look-alikes lack
           "draft": "eh_proj.weight",                a name only multi-token-prediction layers have, which are left out
           "linear": "self_attn.A_log",              a name only linear-attention layers have, which are left out
+          "rotary": {                               how Q and K are turned; without it, not at all
+            "pairs": "half" | "interleaved",        rows i and i + P of a head, or rows 2i and 2i + 1
+            "interleaved_if": {"model_type": "…"},  so where config.json says this
+            "share": 0.25,                          of a head's rows, where config.json does not say; default 1
+            "off_if": {"alibi": true},              no rotary embedding where config.json says this
+            "nope": {"key": "no_rope_layers", "value": 0}   nor in layers with this value in a list of config.json
+          },
+          "indexed_if": {"alibi": true} | true,     heads differ by design where config.json says this, or always
           "adapter": "self_attn.…adapter….weight",  low-rank matrices added to q, k, v: not read, and a caveat says so
           "norm": {
             "kind": "layer" | "rms",
@@ -38,20 +46,24 @@ A family file says how attention tensors are named and laid out and what the nor
       }
     }
 
-Wherever a name stands, a list of names that different checkpoints use may stand. The bias of q, k, v or qkv is the
-tensor of the same name that ends in "bias".
+A condition is an object of config.json's values, all of which must hold, each a value or a list of possible values; or
+a list of such objects, one of which must. Wherever a name stands, a list of names that different checkpoints use may
+stand. The bias of q, k, v or qkv is the tensor of the same name that ends in "bias".
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmfp.architecture.specs import Role
+from llmfp.architecture.config import rotary_rows
+from llmfp.architecture.specs import Role, Rotary
+
+Condition = bool | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +97,10 @@ class TowerNames:
     norm_kind: str
     norm_offset: float
     post_norm: bool
-    post_if: Mapping[str, Any]
-    after_if: Mapping[str, Any]
+    post_if: Condition
+    after_if: Condition
+    rotary: Mapping[str, Any] | None
+    indexed_if: Condition
     first_norm: str | None = "before"
     """The part that the tensor named as "before" plays: that, "after", or none next to attention."""
 
@@ -97,6 +111,25 @@ class TowerNames:
         if _holds(self.post_if, config):
             return replace(self, post_norm=True, first_norm=None)
         return self
+
+    def rotary_of(self, config: Mapping[str, Any], head_dim: int | None) -> Rotary | None:
+        """The rotary embedding of heads of this size; None without one."""
+        if self.rotary is None or head_dim is None or _holds(self.rotary.get("off_if", []), config):
+            return None
+        rows = rotary_rows(config, head_dim, self.rotary.get("share", 1.0))
+        interleaved = self.rotary["pairs"] == "interleaved" or _holds(self.rotary.get("interleaved_if", []), config)
+        return Rotary(rows // 2, interleaved) if rows >= 2 else None
+
+    def unrotated(self, config: Mapping[str, Any]) -> frozenset[int]:
+        """Layers that config.json leaves without the rotary embedding of the others."""
+        nope = (self.rotary or {}).get("nope")
+        stated = config.get(nope["key"]) if nope is not None else None
+        if nope is None or not isinstance(stated, list):
+            return frozenset()
+        return frozenset(layer for layer, value in enumerate(stated) if value == nope["value"])
+
+    def has_indexed_heads(self, config: Mapping[str, Any]) -> bool:
+        return _holds(self.indexed_if, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,14 +208,26 @@ def _family(name: str, raw: Mapping[str, Any]) -> Family:
             norm_kind=norm["kind"],
             norm_offset=float(norm.get("offset", 0.0)),
             post_norm=norm.get("post", False),
-            post_if=norm.get("post_if", {}),
-            after_if=norm.get("after_if", {}),
+            post_if=norm.get("post_if", []),
+            after_if=norm.get("after_if", []),
+            rotary=names.get("rotary"),
+            indexed_if=names.get("indexed_if", []),
         )
     return Family(name, frozenset(raw["model_types"]), raw.get("generic", False), raw.get("depth", 0), towers)
 
 
-def _holds(condition: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    return bool(condition) and all(config.get(key) is value for key, value in condition.items())
+def _holds(condition: Condition, config: Mapping[str, Any]) -> bool:
+    if isinstance(condition, bool):
+        return condition
+    if isinstance(condition, Mapping):
+        condition = [condition]
+    return any(all(_is(config.get(key), value) for key, value in each.items()) for each in condition)
+
+
+def _is(stated: Any, wanted: Any) -> bool:
+    """Whether config.json's value is the wanted one, or one of several; 1 is not true."""
+    possible = wanted if isinstance(wanted, list) else [wanted]
+    return any(type(stated) is type(value) and stated == value for value in possible)
 
 
 def _suffixes(value: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from llmfp.architecture.config import HEAD_DIM, HEADS, KV_HEADS, integer
 from llmfp.architecture.layouts import latent_heads
-from llmfp.architecture.specs import Role, WeightView
+from llmfp.architecture.specs import LayerHeads, Projection, Role, Tower, WeightView
 
 Layers = Mapping[int, Mapping[Role, WeightView]]
 
@@ -74,6 +74,30 @@ def head_sizes(views: Mapping[Role, WeightView], tower: Heads) -> dict[Role, int
         elif role is Role.KV_B:
             sizes[role] = _share(view.outputs, tower.heads)
     return sizes
+
+
+def layer_heads(tower: Tower) -> list[LayerHeads]:
+    """The layers whose query and key heads can be told apart, with what belongs to each head."""
+    by_layer: dict[int, dict[Role, Projection]] = {}
+    for p in tower.projections:
+        by_layer.setdefault(p.layer, {})[p.role] = p
+    found = []
+    for layer, projections in by_layer.items():
+        q, k, v, o = (projections.get(role) for role in (Role.Q, Role.K, Role.V, Role.O))
+        if q is None or k is None or q.head_dim is None or q.head_dim != k.head_dim:
+            continue
+        heads, kv_heads = q.view.outputs // q.head_dim, k.view.outputs // q.head_dim
+        if not kv_heads or heads % kv_heads or q.view.inputs != k.view.inputs:
+            continue
+        kept, value_size = {Role.Q: q, Role.K: k}, None
+        if v is not None and o is not None and v.head_dim == o.head_dim and v.head_dim is not None:
+            sizes = v.view.outputs, o.view.inputs
+            if sizes == (kv_heads * v.head_dim, heads * v.head_dim):
+                kept |= {Role.V: v, Role.O: o}
+                value_size = v.head_dim
+        rotary = None if layer in tower.unrotated else tower.rotary
+        found.append(LayerHeads(layer, heads, kv_heads, q.head_dim, value_size, kept, rotary))
+    return found
 
 
 def _share(size: int, heads: int | None) -> int | None:

@@ -217,7 +217,17 @@ def _tower(
         vectors += [*_norm_vectors(in_layer), *_bias_vectors(by_layer[layer], layer, views, caveats)]
     hidden_size = _most_common(p.residual_size for p in projections if p.role.writes)
     hidden_size = hidden_size or _most_common(p.residual_size for p in projections) or 0
-    return Tower(name, tuple(projections), tuple(vectors), *heads, hidden_size)
+    rotary = names.rotary_of(config, heads.head_dim)
+    return Tower(
+        name,
+        tuple(projections),
+        tuple(vectors),
+        *heads,
+        hidden_size,
+        rotary=rotary,
+        unrotated=names.unrotated(config) if rotary is not None else frozenset(),
+        indexed_heads=names.has_indexed_heads(config),
+    )
 
 
 def _role_caveats(

@@ -88,6 +88,18 @@ class NormGain:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotary:
+    """Which rows of a query or key head a rotary embedding turns, by pairs of descending frequency.
+
+    pairs        how many; the rows behind the first 2 · pairs of a head are not turned
+    interleaved  a pair is rows 2i and 2i + 1; else rows i and i + pairs
+    """
+
+    pairs: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Projection:
     """One role's weights in one layer, with what surrounds them.
 
@@ -133,7 +145,12 @@ class Vector:
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """One stack of layers. `heads`, `kv_heads`, `head_dim` are those of most layers, None when unknown."""
+    """One stack of layers. `heads`, `kv_heads`, `head_dim` are those of most layers, None when unknown.
+
+    rotary         of its queries and keys; None without a rotary embedding, or where it is not known
+    unrotated      layers without one all the same
+    indexed_heads  heads differ by design (ALiBi's slopes, T5's biases), so their order carries meaning
+    """
 
     name: str
     projections: tuple[Projection, ...]
@@ -142,6 +159,9 @@ class Tower:
     kv_heads: int | None
     head_dim: int | None
     hidden_size: int
+    rotary: Rotary | None
+    unrotated: frozenset[int]
+    indexed_heads: bool
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,6 +172,24 @@ class Tower:
         """Names under which statistics are kept: q, k, v, o, then latent factors, then biases and gains as stored."""
         factors = (str(role) for role in Role if any(p.role is role for p in self.projections))
         return tuple(dict.fromkeys([*map(str, ROLES), *factors, *(vector.role for vector in self.vectors)]))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeads:
+    """One layer's projections whose heads can be told apart: Q and K at least, V and O where they fit.
+
+    size        outputs of a query or key head
+    value_size  outputs of a value head, inputs of O's; None without V and O
+    rotary      None where this layer has none
+    """
+
+    layer: int
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int | None
+    projections: Mapping[Role, Projection]
+    rotary: Rotary | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,10 +39,9 @@ _CONFIG = {
     "block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
     "embedding_length": "hidden_size", "nextn_predict_layers": "num_nextn_predict_layers",
+    "rope.dimension_count": "rotary_dim",
 }  # fmt: skip
 """GGUF's keys below the architecture's name → config.json's."""
-_ROTARY_PERMUTED = ("llama",)
-"""Architectures whose query and key rows the converter reorders inside every head."""
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -68,7 +67,7 @@ def open_gguf(path: Path) -> Checkpoint:
             f"{files[0]}: split.tensors.count is {shown(stated)}, the parts hold {len(tensors)} tensors"
         )
     config = _config(metadata)
-    return Checkpoint(path, tuple(shards), tensors, config, None, tuple(_caveats(config, tensors)))
+    return Checkpoint(path, tuple(shards), tensors, config, None, tuple(_caveats(tensors)))
 
 
 def _parts(path: Path) -> list[Path]:
@@ -112,12 +111,8 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _caveats(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> list[str]:
+def _caveats(tensors: Mapping[str, TensorSpec]) -> list[str]:
     caveats = []
-    if config.get("model_type") in [f"gguf {name}" for name in _ROTARY_PERMUTED]:
-        caveats.append(
-            "query and key rows lie in GGUF's rotary order, reordered inside heads; no statistic here depends on it"
-        )
     if any(name.endswith("attn_norm_2.weight") for name in tensors):
         caveats.append(
             "attention reads what attn_norm_2 puts out; residual profiles were made with the gain of attn_norm"

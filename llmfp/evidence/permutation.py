@@ -20,14 +20,28 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Evaluate = Callable[[Floats, NDArray[np.intp]], Floats]
 """(a block [s, s], permutations [K, s]) → the statistic of the block under each, [K]."""
+Draw = Callable[[np.random.Generator, int, int], NDArray[np.intp]]
+"""(generator, K, s) → K random elements of a group of permutations of s labels, [K, s]."""
 
 _POOL = 1024
 
 
-def permuted(blocks: Sequence[Floats], evaluate: Evaluate, permutations: int, rng: np.random.Generator) -> Floats:
+def any_permutation(rng: np.random.Generator, count: int, size: int) -> NDArray[np.intp]:
+    """Random elements of the whole symmetric group."""
+    return np.argsort(rng.random((count, size)), axis=1)
+
+
+def permuted(
+    blocks: Sequence[Floats],
+    evaluate: Evaluate,
+    permutations: int,
+    rng: np.random.Generator,
+    draw: Draw = any_permutation,
+) -> Floats:
     """The sum of `evaluate` over blocks, float64 [1 + permutations]: first as observed, then under random permutations.
 
     blocks  square, of any sizes; each is permuted independently of the others
+    draw    what they are permuted by
     Takes O(B · (permutations + K · s)). Checked against the enumeration of whole groups.
     """
     totals = np.zeros(1 + permutations)
@@ -36,7 +50,7 @@ def permuted(blocks: Sequence[Floats], evaluate: Evaluate, permutations: int, rn
     for block in blocks:
         size = len(block)
         if size not in pools:
-            pools[size] = np.argsort(rng.random((pool_size, size)), axis=1)
+            pools[size] = draw(rng, pool_size, size)
         pool = pools[size]
         drawn = rng.integers(pool_size, size=1 + permutations)
         unscramble = np.argsort(pool[drawn[0]])
@@ -52,6 +66,23 @@ def upper_p(totals: Floats, scale: float) -> float:
 def two_sided_p(totals: Floats, scale: float) -> float:
     """Twice the smaller of both tails' p, at most 1."""
     return min(1.0, 2 * upper_p(totals, scale), 2 * upper_p(-totals, scale))
+
+
+def matched(block: Floats, permutations: NDArray[np.intp]) -> Floats:
+    """Σᵢ M[i, π(i)]: how well equal labels agree."""
+    total: Floats = block[np.arange(len(block)), permutations].sum(axis=1)
+    return total
+
+
+def neighbouring(block: Floats, permutations: NDArray[np.intp]) -> Floats:
+    """Σᵢ G[π(i), π(i + 1)]: how alike neighbours are."""
+    total: Floats = block[permutations[:, :-1], permutations[:, 1:]].sum(axis=1)
+    return total
+
+
+def total_scale(blocks: Sequence[Floats]) -> float:
+    """What rounding is relative to in sums over these blocks."""
+    return float(sum(np.abs(block).sum() for block in blocks))
 
 
 def _p(reached: NDArray[Any]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.architecture.specs import Role
-from llmfp.evidence.permutation import Floats, permuted, two_sided_p, upper_p
+from llmfp.evidence.permutation import Floats, matched, neighbouring, permuted, total_scale, two_sided_p, upper_p
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
 
@@ -26,7 +26,7 @@ BLOCK = 32
 order (groups of scales, sorting by importance, outlier channels) lies between blocks and is centred away with them."""
 STRUCTURE_LEVEL = 1e-3
 """Scores follow their index where the self-check's p is at most this; in both models, and the test is not valid."""
-_STRUCTURE_PERMUTATIONS = 10_000
+STRUCTURE_PERMUTATIONS = 10_000
 
 LayerMap = Sequence[tuple[int, int]]
 
@@ -97,11 +97,11 @@ def residual_symmetry(
     deviation = math.sqrt(sum(float(np.square(m).sum()) / (len(m) - 1) for m in diagonal))
     if not deviation:
         return Missing("the residual profiles of the two models vary in no common block")
-    totals = permuted(diagonal, _matched, permutations, rng)
+    totals = permuted(diagonal, matched, permutations, rng)
     observed = float(sum(np.trace(m) for m in diagonal))
     return Residual(
         z=observed / deviation,
-        p_value=upper_p(totals, _scale(diagonal)),
+        p_value=upper_p(totals, total_scale(diagonal)),
         smallest_p=max(1 / (1 + permutations), math.exp(-sum(math.lgamma(len(m) + 1) for m in diagonal))),
         permutations=permutations,
         dims=dims,
@@ -173,21 +173,5 @@ def _centred(scores: Floats, blocks: list[slice]) -> Floats:
 def _neighbours_p(scores: Floats, blocks: list[slice], rng: np.random.Generator) -> float:
     """Two-sided p of the lag-1 autocovariance of centred scores within blocks, under the same permutations."""
     gram = [scores[:, block].T @ scores[:, block] for block in blocks]
-    totals = permuted(gram, _neighbouring, _STRUCTURE_PERMUTATIONS, rng)
-    return two_sided_p(totals, _scale(gram))
-
-
-def _matched(block: Floats, permutations: NDArray[np.intp]) -> Floats:
-    """Σᵢ M[i, π(i)]."""
-    matched: Floats = block[np.arange(len(block)), permutations].sum(axis=1)
-    return matched
-
-
-def _neighbouring(block: Floats, permutations: NDArray[np.intp]) -> Floats:
-    """Σᵢ G[π(i), π(i + 1)]."""
-    neighbouring: Floats = block[permutations[:, :-1], permutations[:, 1:]].sum(axis=1)
-    return neighbouring
-
-
-def _scale(blocks: Sequence[Floats]) -> float:
-    return float(sum(np.abs(block).sum() for block in blocks))
+    totals = permuted(gram, neighbouring, STRUCTURE_PERMUTATIONS, rng)
+    return two_sided_p(totals, total_scale(gram))

@@ -15,12 +15,16 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A valid test: its p, the least that p could have been, and its basis: exact, conformal or approximate."""
+    """A valid test: its p, the least that p could have been, and its basis: exact, conformal or approximate.
+
+    decides  whether a p above the level says anything: that a relation it could have seen was not seen
+    """
 
     name: str
     basis: str
     p_value: float
     smallest_p: float
+    decides: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Verdict:
     word      related, none_detected or inconclusive
     p_value   the smallest p of the tests that counted, corrected for their number; None when none counted
     basis     of the test with that p
-    rests_on  the tests that rejected; where none did, those that could have; "digest" where the weights are the same
+    rests_on  the tests that rejected; where none did, those that say so; "digest" where the weights are the same
     left_out  valid tests that did not count, and why
     """
 
@@ -63,9 +67,12 @@ def decide(outcomes: Sequence[Outcome], alpha: float) -> Verdict:
             break
         rejected.append(test.name)
     corrected = min(1.0, len(tests) * tests[0].p_value)
-    word = "related" if rejected else "none_detected"
-    rests_on = tuple(rejected or [test.name for test in tests])
-    return Verdict(word, corrected, tests[0].basis, rests_on, left_out)
+    if rejected:
+        return Verdict("related", corrected, tests[0].basis, tuple(rejected), left_out)
+    deciding = [test for test in tests if test.decides]
+    if not deciding:
+        return Verdict("inconclusive", None, None, (), left_out)
+    return Verdict("none_detected", corrected, deciding[0].basis, tuple(test.name for test in deciding), left_out)
 
 
 def same_weights(verdict: Verdict) -> Verdict:

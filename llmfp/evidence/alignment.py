@@ -1,0 +1,93 @@
+"""Which layer of one model goes with which of another: correlation of every layer with every layer, then one path.
+
+A layer's vector must mean the same in both models and must not depend on how the residual stream's or the heads' labels
+run, so that a map made of it leaves the permutation tests exact: the average over heads of rotary coherence, or of
+circuit spectra where there is no rotary embedding (llmfp.circuits).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmfp.evidence.permutation import Floats
+from llmfp.fingerprint import TowerFingerprint
+
+MIN_LAYERS = 6
+"""A cubic trend leaves two degrees of freedom at least."""
+_TREND_DEGREE = 3
+
+
+def layer_vectors(tower: TowerFingerprint) -> tuple[str, Floats] | None:
+    """What layers are compared by, and float64 [L, entries], NaN where a layer has none; None where none has."""
+    if (coherence := tower.circuit("coherence")) is not None:
+        return "coherence", coherence.astype(np.float64)
+    spectra = [each for key in ("qk_spectrum", "ov_spectrum") if (each := tower.circuit(key)) is not None]
+    if not spectra:
+        return None
+    return "spectra", np.concatenate([each.astype(np.float64).mean(axis=1) for each in spectra], axis=1)
+
+
+def similarity(a: Floats, b: Floats) -> Floats | None:
+    """float64 [L_a, L_b]: correlations of what a cubic trend over depth leaves of each model's vectors.
+
+    a, b  [L, entries], rows of NaN where a layer has no vector: its correlations are NaN
+    None where fewer than MIN_LAYERS of a model have one, or entries differ in number.
+    """
+    if a.shape[1] != b.shape[1]:
+        return None
+    rests = [_without_trend(each) for each in (a, b)]
+    if rests[0] is None or rests[1] is None:
+        return None
+    return rests[0] @ rests[1].T
+
+
+def align(similar: Floats) -> list[tuple[int, int]]:
+    """The increasing path of layer pairs whose correlations have the largest sum; layers may be left out on both sides.
+
+    So a layer-dropped or deepened child lines up, and a graft shows as a partial map. Dynamic programming, O(L_a·L_b).
+    Checked against the enumeration of all paths.
+    """
+    gains = np.nan_to_num(similar, nan=-1.0)
+    rows, cols = gains.shape
+    best = np.zeros((rows + 1, cols + 1))
+    for i in range(rows):
+        for j in range(cols):
+            best[i + 1, j + 1] = max(best[i + 1, j], best[i, j + 1], best[i, j] + gains[i, j])
+    pairs, i, j = [], rows, cols
+    while i and j:
+        if best[i, j] == best[i, j - 1]:
+            j -= 1
+        elif best[i, j] == best[i - 1, j]:
+            i -= 1
+        else:
+            pairs.append((i - 1, j - 1))
+            i, j = i - 1, j - 1
+    return pairs[::-1]
+
+
+def contrast(similar: Floats, pairs: list[tuple[int, int]]) -> tuple[float, float] | None:
+    """Mean correlation of the pairs, and z = √n·(mean of pairs − mean of the rest) / (sd of the rest)."""
+    chosen = np.zeros(similar.shape, np.bool_)
+    chosen[tuple(np.transpose(pairs))] = True
+    known = np.isfinite(similar)
+    matched, rest = similar[chosen & known], similar[~chosen & known]
+    if not len(matched) or len(rest) < 2 or not rest.std():
+        return None
+    score = float(matched.mean())
+    return score, float(np.sqrt(len(matched)) * (score - rest.mean()) / rest.std())
+
+
+def _without_trend(vectors: Floats) -> Floats | None:
+    """Each layer's vector of length 1 around its mean, after every entry's cubic over relative depth is taken off."""
+    known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    if len(known) < MIN_LAYERS:
+        return None
+    powers = np.vander(np.linspace(-1.0, 1.0, len(vectors))[known], _TREND_DEGREE + 1)
+    rest = vectors[known] - powers @ np.linalg.lstsq(powers, vectors[known], rcond=None)[0]
+    rest -= rest.mean(axis=1, keepdims=True)
+    lengths = np.linalg.norm(rest, axis=1, keepdims=True)
+    if (lengths <= 1e-9 * np.abs(vectors[known]).max() * np.sqrt(vectors.shape[1])).any():
+        return None  # layers that are alike to rounding have no order
+    units = np.full(vectors.shape, np.nan)
+    units[known] = rest / lengths
+    return units
