@@ -71,6 +71,7 @@ def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None 
     Raises CheckpointError when a file cannot be read to the end or changes under way, and whatever interrupts the
     calling thread, after all workers have stopped.
     """
+    reader.begin(plan)
     with _one_blas_thread() if plan.circuits else nullcontext():
         return _run(_Scan(plan, backend, reader), progress)
 
@@ -96,6 +97,8 @@ def _run(scan: _Scan, progress: Progress | None) -> Result:
                 progress(scan.bytes_done, plan.step_bytes)
     finally:
         scan.stop = True
+        if scan.error is not None or not scan.finished.is_set():
+            reader.cancel()
         for worker in workers:
             worker.join()
     if scan.error is not None:

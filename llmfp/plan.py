@@ -108,6 +108,8 @@ class Plan:
     memory_bytes: int
     needed_bytes: int
     circuits: Mapping[tuple[str, int], LayerHeads]
+    fetched: tuple[int, int] | None = None
+    """Of a remote checkpoint: ranges that the scan will ask for, and their bytes."""
 
     @property
     def attention_bytes(self) -> int:
@@ -146,7 +148,18 @@ class Plan:
     def total_bytes(self) -> int:
         """All bytes the scan reads: headers, gains, biases, scales, adapters, weights, and the declared second read."""
         small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
-        return self.header_bytes + small + self.step_bytes
+        return self.header_bytes + small + self.step_bytes + self.gap_bytes
+
+    @property
+    def gap_bytes(self) -> int:
+        """What is fetched along from between two neighbours, of a remote checkpoint."""
+        small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
+        return 0 if self.fetched is None else max(0, self.fetched[1] - small - self.step_bytes)
+
+    @property
+    def requests(self) -> int:
+        """Reads, or ranges asked for of a server."""
+        return len(self.steps) if self.fetched is None else self.fetched[0]
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -193,8 +206,9 @@ class Plan:
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
             "bytes_total": sum(shard.nbytes for shard in shards),
-            "requests": len(self.steps),
             "deep": bool(self.circuits),
+            "gap_bytes": self.gap_bytes,
+            "requests": self.requests,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,

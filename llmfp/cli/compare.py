@@ -10,7 +10,7 @@ import click
 
 from llmfp import api
 from llmfp.checkpoint.adapter import is_adapter
-from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import SOURCE, debug_option, json_option, reading_options, verbose_option
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import Fingerprint
 from llmfp.plan import Plan
@@ -20,8 +20,8 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 
 
 @click.command("compare", short_help="Weigh the evidence that two models share ancestry.")
-@click.argument("a", type=click.Path(path_type=Path, readable=False))
-@click.argument("b", type=click.Path(path_type=Path, readable=False))
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -48,8 +48,8 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 @verbose_option
 @debug_option
 def command(
-    a: Path,
-    b: Path,
+    a: str,
+    b: str,
     expect: str | None,
     as_json: bool,
     verbose: bool,
@@ -64,7 +64,7 @@ def command(
     of the two came first.
     """
     weighing = {name: more.pop(name) for name in ("alpha", "permutations", "null", "seed")}
-    if base is not None and not (is_adapter(a) or is_adapter(b)):
+    if base is not None and not (is_adapter(Path(a)) or is_adapter(Path(b))):
         raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
     reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
@@ -80,9 +80,9 @@ def command(
     return 1
 
 
-def _scan(source: Path, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
+def _scan(source: str, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
     with ProgressBar() as bar:
-        return api.scan(source, base=base if is_adapter(source) else None, progress=bar, **reading)
+        return api.scan(source, base=base if is_adapter(Path(source)) else None, progress=bar, **reading)
 
 
 def _say_plan(plan: Plan) -> None:

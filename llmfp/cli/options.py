@@ -14,6 +14,8 @@ from llmfp.plan import parse_size
 from llmfp.reader import READERS
 
 Command = Callable[..., Any]
+SOURCE = click.Path(path_type=str, readable=False)
+"""A path or an address: as written, since a path would fold the slashes of an address."""
 
 
 def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from llmfp import api
-from llmfp.cli.options import debug_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import SOURCE, debug_option, json_option, reading_options, verbose_option
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import SUFFIX, is_fingerprint
 from llmfp.plan import Plan
@@ -18,13 +18,13 @@ from llmfp.report import printable, terminal
 
 
 @click.command("scan", short_help="Fingerprint a checkpoint: σ of every attention matrix.")
-@click.argument("source", type=click.Path(path_type=Path, readable=False))
+@click.argument("source", type=SOURCE)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Keep the fingerprint, as *{SUFFIX}.")
 @json_option
 @reading_options
 @verbose_option
 @debug_option
-def command(source: Path, out: Path | None, as_json: bool, verbose: bool, **reading: Any) -> None:
+def command(source: str, out: Path | None, as_json: bool, verbose: bool, **reading: Any) -> None:
     """Reads the attention weights of SOURCE once and prints the standard deviation σ of Q, K, V and O in every layer.
 
     SOURCE is a model's directory, a single .safetensors, .bin, .pt or .pth file, or a saved fingerprint.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
 
 
@@ -43,6 +43,9 @@ class MmapReader:
         self._lock = threading.Lock()
         self._local = threading.local()
 
+    def begin(self, plan: Plan) -> None:
+        """Nothing: shards are opened when first read."""
+
     def read(self, step: Step) -> tuple[Buffer, int]:
         from llmfp import _native
 
@@ -63,6 +66,9 @@ class MmapReader:
         from llmfp import _native
 
         _native.release(self._mapping(step.shard), step.offset_bytes, step.nbytes)
+
+    def cancel(self) -> None:
+        """Nothing: no read waits for anything but the device."""
 
     def close(self) -> None:
         opened, self._open = self._open, {}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
 
 
@@ -30,6 +30,9 @@ class PreadReader:
         self._lock = threading.Lock()
         self._local = threading.local()
 
+    def begin(self, plan: Plan) -> None:
+        """Nothing: shards are opened when first read."""
+
     def read(self, step: Step) -> tuple[Buffer, int]:
         descriptor = self._descriptor(step.shard)
         buffer: bytearray = getattr(self._local, "buffer", bytearray())
@@ -49,6 +52,9 @@ class PreadReader:
 
     def release(self, step: Step) -> None:
         """Nothing: the buffer is reused by the thread's next step."""
+
+    def cancel(self) -> None:
+        """Nothing: no read waits for anything but the device."""
 
     def close(self) -> None:
         descriptors, self._descriptors = self._descriptors, {}
