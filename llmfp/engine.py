@@ -98,7 +98,7 @@ def _run(scan: _Scan, progress: Progress | None) -> Result:
     finally:
         scan.stop = True
         if scan.error is not None or not scan.finished.is_set():
-            reader.cancel()
+            scan.reader.cancel()
         for worker in workers:
             worker.join()
     if scan.error is not None:

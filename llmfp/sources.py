@@ -3,32 +3,34 @@ are those of another."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfp import api, engine
 from llmfp.checkpoint.specs import sha256_of_hub_blob
-from llmfp.errors import CheckpointError, LlmfpError
+from llmfp.errors import CheckpointError
 from llmfp.fingerprint import Fingerprint
+from llmfp.hub.settings import Settings
+from llmfp.hub.source import HubId, WeightUrl, looks_remote, parse_source
 from llmfp.model_card import UNDECLARED, Declaration, declaration, read_card
 from llmfp.registry import Origin
 from llmfp.report import printable
 
-HUB = "hf://"
-HUB_ID = re.compile(r"(?:hf://)?(?P<repo>\w[\w.-]*/\w[\w.-]*?)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+if TYPE_CHECKING:
+    from llmfp.hub.client import Client
+
 _CACHED = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+_LONGEST_SHOWN = 200
 _MOST_FILES = 100_000
 _VOLATILE = {"_name_or_path", "_commit_hash", "transformers_version", "use_cache", "torch_dtype", "dtype"}
 """What config.json may say otherwise though the model is the same."""
@@ -48,6 +50,7 @@ class Source:
     declared: Declaration = UNDECLARED
     weights: str | None = None
     stamp: str | None = None
+    hub: HubId | None = None
 
     def origin(self, digest: str, config: str | None) -> Origin:
         """What the registry keeps beside the fingerprint with this digest."""
@@ -62,31 +65,34 @@ class Source:
         )
 
 
-def source(text: str) -> Source | None:
-    """The source that a text names, or None where it names none. An existing local path wins over a Hub id."""
-    with contextlib.suppress(OSError, ValueError):  # longer than a name may be, or with a zero byte: no path
-        if Path(text).exists():
-            return local(Path(text))
-    if text.startswith("https://"):
-        place = text.partition("?")[0]
-        stamp = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()
-        return Source(text, printable(place), stamp, stamp=stamp)
-    found = HUB_ID.fullmatch(text)
-    if found is None:
-        return None
-    revision = found["revision"] or "main"
-    commit = revision if COMMIT.fullmatch(revision) else None
-    return Source(f"{HUB}{found['repo']}@{revision}", found["repo"], revision, commit)
-
-
 def known(text: str) -> Source:
-    """As `source`. Raises CheckpointError where the text names none."""
-    found = source(text)
-    if found is None:
-        raise CheckpointError(
-            f"{text}: no such file or directory", hint="give a path, org/name[@revision] or an https URL"
-        )
-    return found
+    """The source that a text names: an existing local path before a model of the Hub. Raises LlmfpError for neither."""
+    if not looks_remote(text):
+        path = Path(text)
+        try:
+            there = path.exists()
+        except (OSError, ValueError):  # longer than a name may be, or with a zero byte
+            there = False
+        if not there:
+            raise CheckpointError(
+                f"{text[:_LONGEST_SHOWN]}: no such file or directory",
+                hint="give a path, ORG/NAME[@REVISION] or the address of a weight file",
+            )
+        return local(path)
+    found = parse_source(text, Settings.from_environment().endpoint)
+    if isinstance(found, WeightUrl):
+        stamp = hashlib.sha256(found.shown.encode("utf-8", "surrogateescape")).hexdigest()
+        return Source(text, printable(found.shown), stamp, stamp=stamp)
+    return on_the_hub(found)
+
+
+def on_the_hub(named: HubId) -> Source:
+    """A model of the Hub, or one weight file of it, which is kept under a name of its own."""
+    revision = named.revision or "main"
+    repo = named.repo if named.file is None else f"{named.repo}/{named.file}"
+    return Source(
+        f"hf://{named}", repo, revision, revision if COMMIT.fullmatch(revision) else None, hub=named
+    )  # fmt: skip
 
 
 def fingerprinted(
@@ -100,9 +106,12 @@ def fingerprinted(
         progress=progress,
         **reading,
     )
+    about = fingerprint.source
     if not configs:  # it was kept in a file, and knows best where it comes from
-        about = fingerprint.source
-        source = replace(source, repo=printable(str(about["name"])), revision=about.get("revision"), weights=None)
+        source = replace(source, repo=printable(str(about["name"])), revision=None, weights=None)
+    revision = about.get("revision")
+    if source.revision is None and isinstance(revision, str):
+        source = replace(source, revision=revision)
     return fingerprint, source.origin(fingerprint.digest, configs[0] if configs else None)
 
 
@@ -123,27 +132,30 @@ def local(path: Path) -> Source:
     return Source(os.fspath(path), repo, revision or stamp, revision, declared, weights_of(hashes), stamp)
 
 
-def ask(source: Source) -> Source:
-    """The source with what the Hub says of it: commit, sha256 of the weights, declared bases. Raises LlmfpError."""
-    if not source.text.startswith(HUB):
+def ask(source: Source, client: Client | None = None) -> Source:
+    """The source with what the Hub says of it: commit, sha256 of the weights, declared bases. Raises HubError.
+
+    Nothing is asked about other sources, nor offline, where only the Hub's cache can have it.
+    """
+    if source.hub is None:
         return source
-    revision = source.text.rpartition("@")[2]
-    with explained(source.repo):
-        info = hub_api().model_info(source.repo, revision=revision, files_metadata=True)
-        if not info.sha or not COMMIT.fullmatch(info.sha):
-            raise LlmfpError(f"{source.repo}: the Hub names no commit for {revision}")
-        hashes = {
-            each.rfilename: each.lfs.sha256 if each.lfs else None
-            for each in info.siblings or []
-            if each.rfilename.endswith(_WEIGHTS)
-        }
-        card = info.card_data.to_dict() if info.card_data else {}
+    from llmfp.hub.client import Client as Conversation
+    from llmfp.hub.repository import describe
+
+    with Conversation() if client is None else client.branch() as own:
+        if own.settings.offline:
+            return source
+        info = describe(own, source.hub.repo, source.hub.revision)
+    at_commit = replace(source.hub, revision=info.revision)
+    hashes = {name: file.sha256 for name, file in info.files.items() if name.endswith(_WEIGHTS)}
+    declared = declaration({"base_model": list(info.base_models), "base_model_relation": info.relation})
     return replace(
         source,
-        text=f"{HUB}{source.repo}@{info.sha}",
-        revision=info.sha,
-        declared=declaration(card),
-        weights=weights_of(hashes),
+        text=f"hf://{at_commit}",
+        hub=at_commit,
+        revision=info.revision,
+        declared=declared,
+        weights=weights_of(hashes) if source.hub.file is None else None,
     )
 
 
@@ -176,34 +188,3 @@ def _stamp(path: Path, files: Iterable[Path]) -> str:
         if stat.S_ISREG(status.st_mode):
             hashed.update(os.fsencode(file.name) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     return hashed.hexdigest()
-
-
-def hub_api() -> Any:
-    from huggingface_hub import HfApi
-
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """What the Hub's client raises becomes one line about this repo or author."""
-    try:
-        yield
-    except LlmfpError:
-        raise
-    except Exception as error:
-        import huggingface_hub.errors as hub
-
-        match error:
-            case hub.GatedRepoError():
-                reason, hint = "gated: this token may not read it", "ask for access on its page and set HF_TOKEN"
-            case hub.RevisionNotFoundError():
-                reason, hint = "no such revision", "leave @revision out for the newest"
-            case hub.RepositoryNotFoundError():
-                reason, hint = "no such model, or a private one", "set HF_TOKEN where it is private"
-            case hub.OfflineModeIsEnabled():
-                reason, hint = "HF_HUB_OFFLINE is set", "unset it, or list local paths"
-            case _:
-                line = str(error).strip().split("\n", 1)[0][:200]
-                reason, hint = f"the Hub does not answer ({line or type(error).__name__})", ""
-        raise LlmfpError(f"{printable(what)}: {reason}", hint=hint) from None

@@ -10,13 +10,16 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmfp import api
 from llmfp.batch.work import Outcome
 from llmfp.errors import LlmfpError
 from llmfp.registry import Failure, Registry
 from llmfp.sources import Source, ask, config_of
+
+if TYPE_CHECKING:
+    from llmfp.hub.client import Client
 
 SCHEMA = "llmfp.batch/1"
 STATUSES = ("done", "skipped", "failed")
@@ -85,15 +88,20 @@ def run(
     registry: Registry,
     executor: Executor,
     *,
+    client: Client | None = None,
     retry_failed: bool = False,
     tell: Callable[[Result], None] = lambda _: None,
 ) -> Report:
-    """Brings all items into the registry. tell: called with every result as soon as it is known.
+    """Brings all items into the registry.
+
+    client        asks the Hub about items; one from the environment when None
+    retry_failed  also what failed in an earlier run
+    tell          called with every result as soon as it is known
 
     Raises RegistryError where the registry cannot be written, and whatever interrupts it; what was finished is kept.
     """
-    batch = _Batch(registry, executor, retry_failed, tell)
     with executor:
+        batch = _Batch(registry, executor, client, retry_failed, tell)
         for item in items:
             while not executor.has_room:
                 batch.collect()
@@ -110,9 +118,15 @@ class _Batch:
     """What is known so far. waiting: items by the weights that another item, in work, is reading for them."""
 
     def __init__(
-        self, registry: Registry, executor: Executor, retry_failed: bool, tell: Callable[[Result], None]
+        self,
+        registry: Registry,
+        executor: Executor,
+        client: Client | None,
+        retry_failed: bool,
+        tell: Callable[[Result], None],
     ) -> None:
-        self._registry, self._executor, self._retry, self._tell = registry, executor, retry_failed, tell
+        self._registry, self._executor, self._client = registry, executor, client
+        self._retry, self._tell = retry_failed, tell
         self.results: list[Result] = []
         self.released: deque[Source] = deque()
         self._waiting: defaultdict[str, list[Source]] = defaultdict(list)
@@ -131,7 +145,7 @@ class _Batch:
         if self._settled(item):
             return
         try:
-            item = ask(item)
+            item = ask(item, self._client)
         except LlmfpError as error:
             self._fail(item, f"{error}; {error.hint}" if error.hint else str(error))
             return
@@ -184,7 +198,7 @@ class _Batch:
         if not same:
             return False
         try:
-            config = config_of(api.plan(item.text).checkpoint.config)
+            config = config_of(api.plan(item.text, client=self._client).checkpoint.config)
         except LlmfpError:
             return False  # reading it will say what is wrong
         row = next((row for row in same if row["config"] == config), None)

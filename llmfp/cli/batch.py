@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import chain
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from llmfp.cli.options import debug_option, json_option, machine_options, registry_option
 from llmfp.report import printable
+
+if TYPE_CHECKING:
+    from llmfp.batch.run import Executor, Result
+    from llmfp.sources import Source
 
 FAILED = 3
 
@@ -61,28 +67,38 @@ def command(
     if address is not None and executor != "ray":
         raise click.UsageError("--address is of the Ray cluster: give --executor ray")
     from llmfp.batch.items import from_hub, from_list
-    from llmfp.batch.run import Executor, Result, run
+    from llmfp.batch.run import run
     from llmfp.registry import Registry
     from llmfp.report.batch import batch_table, result_line
 
     items = list(from_list(listed)) if listed is not None else []
     opened = Registry.open(registry, create=True)
-    after = since.replace(tzinfo=UTC) if since else None
-    of_author = from_hub(author, tag=only, limit=limit, since=after) if author else ()
-    where: Executor
-    if executor == "ray":
-        from llmfp.batch.ray_cluster import RayExecutor
-
-        where = RayExecutor(registry, reading, address)
-    else:
-        from llmfp.batch.local import LocalExecutor
-
-        where = LocalExecutor(registry, reading)
 
     def tell(result: Result) -> None:
         click.echo(printable(result_line(result)), err=True)
         sys.stderr.flush()
 
-    report = run(chain(items, of_author), opened, where, retry_failed=retry_failed, tell=tell)
+    with ExitStack() as stack:
+        client = None
+        of_author: Iterable[Source] = ()
+        if author is not None or any(item.hub for item in items):
+            from llmfp.hub.client import Client
+
+            client = stack.enter_context(Client())
+            if author is not None:
+                after = since.replace(tzinfo=UTC) if since else None
+                of_author = from_hub(client, author, tag=only, limit=limit, since=after)
+        where = _executor(executor, registry, reading, address)
+        report = run(chain(items, of_author), opened, where, client=client, retry_failed=retry_failed, tell=tell)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else batch_table(report))
     return FAILED if report.of("failed") else 0
+
+
+def _executor(name: str, registry: str, reading: dict[str, Any], address: str | None) -> Executor:
+    if name == "ray":
+        from llmfp.batch.ray_cluster import RayExecutor
+
+        return RayExecutor(registry, reading, address)
+    from llmfp.batch.local import LocalExecutor
+
+    return LocalExecutor(registry, reading)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmfp.evidence.alignment import MIN_LAYERS, align, contrast, layer_vectors, similarity
+from llmfp.evidence.alignment import MIN_LAYERS, align, contrast, similarity
 from llmfp.evidence.permutation import Floats
 from llmfp.evidence.student import predicted_p, upper_tail
 from llmfp.evidence.verdict import Missing
