@@ -120,7 +120,8 @@ class LocalStore:
             file.flush()
             os.fsync(descriptor)
             try:
-                os.link(f"/proc/self/fd/{descriptor}", path, follow_symlinks=True)
+                # With a directory's descriptor, unused, Python calls linkat, which alone follows this link.
+                os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
             except FileExistsError:
                 return False  # rare: a name that is there is replaced by renaming
             except OSError:
