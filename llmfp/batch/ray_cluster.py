@@ -8,7 +8,9 @@ Credentials of the Hub are each node's own; none are sent.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -28,33 +30,40 @@ class RayExecutor:
         except ImportError:
             raise LlmfpError("--executor ray needs Ray", hint="pip install 'llmfp[ray]'") from None
         self._ray: Any = ray
-        cores = int(reading.get("threads") or 1)
-        try:
-            ray.init(address=address, include_dashboard=None if address else False, log_to_driver=False,
-                     configure_logging=False)  # fmt: skip
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            line = str(error).strip().split("\n", 1)[0][:200]
-            raise LlmfpError(f"no Ray cluster at {address or 'this machine'}: {line}") from None
-        self._registry, self._reading = registry, {**reading, "threads": cores}
-        self._task = ray.remote(num_cpus=cores, max_retries=_TRIES_AGAIN)(fingerprint_into)
-        resources = self._ray.cluster_resources()
-        slots = int(resources.get("CPU", 0)) // cores
-        if not slots:
-            ray.shutdown()
-            raise LlmfpError(f"no node of the Ray cluster has {cores} cores", hint="give fewer --threads")
-        self._most = slots + (slots + 1) // 2
+        self._cores = int(reading.get("threads") or 1)
+        self._registry, self._reading, self._address = registry, {**reading, "threads": self._cores}, address
         self._in_work: dict[Any, Source] = {}
+        self._stack = ExitStack()
 
     def __enter__(self) -> RayExecutor:
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there that a worker died, between our data
+            stack.callback(self._ray.shutdown)
+            try:
+                self._ray.init(
+                    address=self._address,
+                    include_dashboard=None if self._address else False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                )
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                line = str(error).strip().split("\n", 1)[0][:200]
+                raise LlmfpError(f"no Ray cluster at {self._address or 'this machine'}: {line}") from None
+            slots = int(self._ray.cluster_resources().get("CPU", 0)) // self._cores
+            if not slots:
+                raise LlmfpError(f"the Ray cluster has no {self._cores} cores", hint="give fewer --threads")
+            self._task = self._ray.remote(num_cpus=self._cores, max_retries=_TRIES_AGAIN)(fingerprint_into)
+            self._most = slots + (slots + 1) // 2
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for reference in self._in_work:
-            self._ray.cancel(reference, force=True)
-        self._in_work.clear()
-        self._ray.shutdown()
+        with self._stack:
+            for reference in self._in_work:
+                self._ray.cancel(reference, force=True)
+            self._in_work.clear()
 
     @property
     def in_work(self) -> int:
