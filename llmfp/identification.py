@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llmfp.engine import Progress
@@ -38,7 +38,8 @@ class Candidate:
     """A row of the registry that was looked at closely.
 
     verdict   related, none_detected or inconclusive, at the level of the whole search
-    p_value   of the exact test, corrected by Holm over all that were made; None where it could not be made
+    p_value   of the exact test, corrected by Holm over all that were made; None where it could not be made,
+    reason    for which this is why
     rank      1 for the nearest of all rows; declared bases have theirs, however far
     declared  named as a base by the source's card; explained: the cards of both lead to a common base
     evidence  the pair alone, as `compare` gives it, whose own verdict knows nothing of a search
@@ -50,6 +51,7 @@ class Candidate:
     verdict: str
     p_value: float | None
     basis: str | None
+    reason: str | None
     declared: bool
     explained: bool
     evidence: Comparison
@@ -92,7 +94,7 @@ class Identification:
             "name": self.name, "registry": self.registry, "alpha": self.alpha, "rows": self.rows, "tests": self.tests,
             "base_model_relation": self.relation,
         }  # fmt: skip
-        keys = ("repo", "revision", "rank", "verdict", "p_value", "basis", "declared", "explained")
+        keys = ("repo", "revision", "rank", "verdict", "p_value", "basis", "reason", "declared", "explained")
         candidates = [
             {**{key: getattr(each, key) for key in keys}, "evidence": each.evidence.to_json()}
             for each in self.candidates
@@ -144,16 +146,17 @@ def identify(
     for row in chosen:
         other = kept.load(_facts(table, row))
         pairs[row] = comparison.compare(subject, other, alpha=alpha, permutations=permutations, null=models, seed=seed)
-    verdicts, tests = _corrected(pairs, alpha)
+    judged, tests = _judged(pairs, alpha)
     explained = _explained(name, declared, table)
     candidates = tuple(
         Candidate(
             repo=facts["repo"],
             revision=facts["revision"],
             rank=ranks.get(row, len(order) + 1),
-            verdict=verdicts[row][0],
-            p_value=verdicts[row][1],
-            basis=verdicts[row][2],
+            verdict=judged[row].verdict,
+            p_value=judged[row].p_value,
+            basis=judged[row].basis,
+            reason=judged[row].reason,
             declared=row in wanted.values(),
             explained=facts["repo"].casefold() in explained,
             evidence=pairs[row],
@@ -214,10 +217,16 @@ def _ranked(subject: Fingerprint, table: pa.Table, own: int | None) -> list[int]
     return ranked
 
 
-def _corrected(
-    pairs: Mapping[int, Comparison], alpha: float
-) -> tuple[dict[int, tuple[str, float | None, str | None]], int]:
-    """Verdict, corrected p and basis by row, and how many tests were made. Holm 1979, step down."""
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    verdict: str
+    p_value: float | None
+    basis: str | None
+    reason: str | None
+
+
+def _judged(pairs: Mapping[int, Comparison], alpha: float) -> tuple[dict[int, _Judged], int]:
+    """What follows for each row, in the order of rank, and how many tests were made. Holm 1979, step down."""
     from llmfp.evidence.verdict import Outcome, decide
 
     outcomes = [
@@ -227,16 +236,19 @@ def _corrected(
     ]
     decision = decide(outcomes, alpha)
     counted = sorted((each for each in outcomes if each.name not in decision.left_out), key=lambda each: each.p_value)
-    verdicts: dict[int, tuple[str, float | None, str | None]] = dict.fromkeys(pairs, ("inconclusive", None, None))
+    judged = {
+        row: _Judged("inconclusive", None, None, decision.left_out.get(str(row)) or pair.lost.get("residual"))
+        for row, pair in pairs.items()
+    }
     largest = 0.0
     for n, each in enumerate(counted):
         largest = max(largest, min(1.0, (len(counted) - n) * each.p_value))
         related = decision.word == "related" and each.name in decision.rests_on
-        verdicts[int(each.name)] = "related" if related else "none_detected", largest, "exact"
+        judged[int(each.name)] = _Judged("related" if related else "none_detected", largest, "exact", None)
     for row, pair in pairs.items():
         if "digest" in pair.decision.rests_on:
-            verdicts[row] = "related", verdicts[row][1], "exact"
-    return verdicts, len(counted)
+            judged[row] = replace(judged[row], verdict="related", basis="exact")
+    return judged, len(counted)
 
 
 def _findings(declared: Declaration, wanted: Mapping[str, int], candidates: Mapping[int, Candidate]) -> list[Finding]:
@@ -250,7 +262,7 @@ def _findings(declared: Declaration, wanted: Mapping[str, int], candidates: Mapp
         elif candidate.verdict == "related":
             finding = Finding("confirmed", base, _shown(candidate))
         elif candidate.verdict == "inconclusive":
-            finding = Finding("untested", base, candidate.evidence.lost.get("residual", "no test decides"))
+            finding = Finding("untested", base, candidate.reason or "no test decides")
         elif surprises:
             instead = f"{surprises[0].repo} is related instead"
             finding = Finding("contradicted", base, f"not detected, {_shown(candidate)}; {instead}")
