@@ -106,7 +106,7 @@ def compare(
     tower         compared in both; each model's main tower when None
     alpha         the level of the verdict, over all tests together
     permutations  drawn for each permutation test; no p is below 1 / (1 + permutations)
-    null          a file of further unrelated models (see llmfp.evidence.null), beside those shipped
+    null          further unrelated models beside those shipped: a file or a directory (see llmfp.evidence.null)
     seed          of the draws: the same seed, the same p
     client        as for `scan`
 
@@ -118,7 +118,7 @@ def compare(
     models = nulls.load(null)
     only = tower if tower == "vision" else None  # the others are read together, and say more so
     first, second = (
-        each if isinstance(each, Fingerprint) else scan(each, tower=only, client=client) for each in (a, b)
+        each if isinstance(each, Fingerprint) else scan(each, tower=only, deep=True, client=client) for each in (a, b)
     )
     return comparison.compare(
         first, second, tower=tower, alpha=alpha, permutations=permutations, null=models, seed=seed

@@ -71,7 +71,6 @@ def run(plan: Plan, backend: Backend, reader: Reader, progress: Progress | None 
     Raises CheckpointError when a file cannot be read to the end or changes under way, and whatever interrupts the
     calling thread, after all workers have stopped.
     """
-    reader.begin(plan)
     with _one_blas_thread() if plan.circuits else nullcontext():
         return _run(_Scan(plan, backend, reader), progress)
 
@@ -87,7 +86,8 @@ def _one_blas_thread() -> AbstractContextManager[object]:
 
 
 def _run(scan: _Scan, progress: Progress | None) -> Result:
-    plan = scan.plan
+    plan, reader = scan.plan, scan.reader
+    reader.begin(plan)
     workers = [threading.Thread(target=scan.work, name=f"scan-{n}", daemon=True) for n in range(plan.threads)]
     try:
         for worker in workers:
@@ -98,7 +98,7 @@ def _run(scan: _Scan, progress: Progress | None) -> Result:
     finally:
         scan.stop = True
         if scan.error is not None or not scan.finished.is_set():
-            scan.reader.cancel()
+            reader.cancel()
         for worker in workers:
             worker.join()
     if scan.error is not None:

@@ -369,9 +369,9 @@ def main_tower(towers: Mapping[str, object]) -> str:
     return next((name for name in ("decoder", "encoder") if name in towers), next(iter(towers)))
 
 
-def tower_kind(towers: Mapping[str, object], tower: str) -> str:
-    """What a tower may be held against: its name, after "seq2seq " where it belongs to an encoder-decoder."""
-    return f"seq2seq {tower}" if "cross" in towers and tower != "vision" else tower
+def kind(fingerprint: Fingerprint, tower: str) -> str:
+    """What sort of model a tower is of: its name, after "seq2seq " where it belongs to an encoder-decoder."""
+    return f"seq2seq {tower}" if "cross" in fingerprint.towers and tower != "vision" else tower
 
 
 def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:

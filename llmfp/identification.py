@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmfp.engine import Progress
 from llmfp.errors import LlmfpError
-from llmfp.fingerprint import Fingerprint, main_tower, tower_kind
+from llmfp.fingerprint import Fingerprint, kind, main_tower
 from llmfp.model_card import UNDECLARED, Declaration
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _ranked(subject: Fingerprint, table: pa.Table, own: int | None) -> list[int]
 
     scores = nearest.pearson(subject.std, table)
     same = table["digest"].to_numpy(zero_copy_only=False) == subject.digest
-    alike = table["kind"].to_numpy(zero_copy_only=False) == tower_kind(subject.towers, main_tower(subject.towers))
+    alike = table["kind"].to_numpy(zero_copy_only=False) == kind(subject, main_tower(subject.towers))
     if own is not None:
         alike[own] = False
     rows = np.flatnonzero(alike)

@@ -35,6 +35,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
 FAULTS = {
     "drop": "closes the connection after `after` bytes of the body",
+    "trickle": "sends `after` bytes of the body along with the head, the rest after them",
     "drip": "sends `after` bytes of the body, then nothing more, and keeps the connection open",
     "429": "too many requests; Retry-After says `seconds`",
     "500": "an internal error",
@@ -69,6 +70,7 @@ _LFS_FROM = 10 << 10
 _PAGE = 100
 _CHUNK = 1 << 20
 _OTHER_ETAG = "0" * 64
+_ANSWERED_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ class HubServer:
         self._blobs: dict[str, StoredFile] = {}
         self._hashes: dict[tuple[Path, int, int], tuple[str, str]] = {}
         self._key = b"signs the URLs of one test"
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._answered = threading.Condition(self._lock)
+        self._under_way = 0
         self.closed = threading.Event()
         self._endpoint, self._storage = _Listener(self, _EndpointHandler), _Listener(self, _StorageHandler)
         self.endpoint = f"http://127.0.0.1:{self._endpoint.server_port}"
@@ -270,9 +274,15 @@ class HubServer:
 
     # --- what was asked for
 
-    def record(self, request: Request) -> None:
-        with self._lock:
+    def begin(self, request: Request) -> None:
+        with self._answered:
             self.requests.append(request)
+            self._under_way += 1
+
+    def end(self) -> None:
+        with self._answered:
+            self._under_way -= 1
+            self._answered.notify_all()
 
     def forget(self) -> None:
         """Counts from zero."""
@@ -287,7 +297,8 @@ class HubServer:
         return sum(each.nbytes for each in self.asked(host, path))
 
     def asked(self, host: str = "", path: str = "", method: str = "") -> list[Request]:
-        with self._lock:
+        with self._answered:
+            self._answered.wait_for(lambda: not self._under_way, _ANSWERED_SECONDS)
             return [
                 each
                 for each in self.requests
@@ -379,6 +390,9 @@ class _Handler(BaseHTTPRequestHandler):
     def hub(self) -> HubServer:
         return self.server.hub
 
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return super().date_time_string(self.hub.clock() if timestamp is None else timestamp)
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Says nothing: the requests are kept."""
 
@@ -391,11 +405,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.request_ = Request(
             self.host_of(path), self.command, path, self.headers.get("Range"), "Authorization" in self.headers
         )
+        self.hub.begin(self.request_)
         try:
             if not self.common_fault(path):
                 self.answer(path, parse_qs(parts.query, keep_blank_values=True))
         finally:
-            self.hub.record(self.request_)
+            self.hub.end()
 
     def host_of(self, path: str) -> str:
         raise NotImplementedError
@@ -443,12 +458,14 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self.request_.nbytes += len(part)
 
-    def begin(self, status: int, headers: dict[str, str]) -> None:
+    def begin(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         self.request_.status = status
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
-        self.end_headers()
+        self._headers_buffer += [b"\r\n", body]  # in one piece
+        self.flush_headers()
+        self.request_.nbytes += len(body)
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.begin(status, {"Content-Length": str(len(body)), **(headers or {})})
@@ -463,7 +480,7 @@ class _Handler(BaseHTTPRequestHandler):
         """The file or the range asked for, with whatever of it is to go wrong."""
         path, size = f"{self.request_.path} {stored.name}", stored.nbytes
         kinds = (
-            "drop", "drip", "403", "416", "ignore_range", "wrong_range", "wrong_bounds", "no_content_range",
+            "drop", "drip", "trickle", "403", "416", "ignore_range", "wrong_range", "wrong_bounds", "no_content_range",
             "multipart", "etag", "no_etag", "truncated", "total", "encoded",
         )  # fmt: skip
         fault = self.hub.fault(self.request_.host, path, kinds)
@@ -498,7 +515,14 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         if kind == "truncated":
             stop = max(start, stop - after)
-        self.begin(status, {"Content-Length": str(stop - start), "Content-Type": "binary/octet-stream", **headers})
+        headers = {"Content-Length": str(stop - start), "Content-Type": "binary/octet-stream", **headers}
+        with_head = b""
+        if kind == "trickle":
+            with stored.path.open("rb") as file:
+                file.seek(start)
+                with_head = file.read(min(after, stop - start))
+                start += len(with_head)
+        self.begin(status, headers, with_head)
         if self.command == "HEAD":
             return None
         if kind in ("drop", "drip"):

@@ -208,8 +208,11 @@ def test_every_family_finds_its_projections(family: str, tmp_path: Path) -> None
 
 
 def test_llama_s_row_order_is_recorded(tmp_path: Path) -> None:
-    assert any("rotary order" in caveat for caveat in llmfp.scan(write(tmp_path / "a.gguf", model())).caveats)
-    assert not llmfp.scan(write(tmp_path / "b.gguf", model(), "qwen2")).caveats
+    for architecture, interleaved in (("llama", True), ("qwen2", False)):
+        found = llmfp.scan(write(tmp_path / f"{architecture}.gguf", model(), architecture))
+        assert found.main.rotary is not None
+        assert found.main.rotary.interleaved is interleaved
+        assert not found.caveats
 
 
 # --- files nobody should have written --------------------------------------------------------------------------------

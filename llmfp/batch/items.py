@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +27,10 @@ def from_list(lines: Iterable[str]) -> Iterator[Source]:
 
 
 def from_hub(
-    client: Client, author: str, *, tag: str | None = None, limit: int | None = None, since: datetime | None = None
+    client: Client, author: str, *, tag: str | None = None, limit: int | None = None, since: str | None = None
 ) -> Iterator[Source]:
     """The models of an organisation or a user, the last changed first. Raises HubError."""
-    from llmfp.hub.listing import models
+    from llmfp.hub.listing import list_models
 
-    for listed in models(client, author, tag=tag, limit=limit, since=since):
+    for listed in list_models(client, author=author, filters=(tag,) if tag else (), limit=limit, since=since):
         yield on_the_hub(HubId(listed.repo, listed.revision))

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -86,7 +86,7 @@ def command(
 
             client = stack.enter_context(Client())
             if author is not None:
-                after = since.replace(tzinfo=UTC) if since else None
+                after = since.date().isoformat() if since else None
                 of_author = from_hub(client, author, tag=only, limit=limit, since=after)
         where = _executor(executor, registry, reading, address)
         report = run(chain(items, of_author), opened, where, client=client, retry_failed=retry_failed, tell=tell)

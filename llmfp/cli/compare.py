@@ -10,7 +10,7 @@ import click
 
 from llmfp import api
 from llmfp.checkpoint.adapter import is_adapter
-from llmfp.cli.options import SOURCE, debug_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import SOURCE, debug_option, deep_option, json_option, reading_options, verbose_option
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import Fingerprint
 from llmfp.plan import Plan
@@ -39,10 +39,11 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 )
 @click.option(
     "--null",
-    type=click.Path(path_type=Path, dir_okay=False, readable=False),
-    help="Further unrelated models for the profile, in JSON.",
+    type=click.Path(path_type=Path, readable=False),
+    help="Further unrelated models: σ in JSON, or a directory of fingerprints, each its own family.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
+@deep_option(True, "Look at what heads compute; without it only profile and residual test are left.")
 @json_option
 @reading_options
 @verbose_option

@@ -32,6 +32,11 @@ debug_option = click.option(
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
 
 
+def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:
+    """--deep/--no-deep, with what this command does when neither is given."""
+    return click.option("--deep/--no-deep", default=default, help=help_text)
+
+
 registry_option = click.option(
     "--registry", required=True, metavar="DIR", help="The registry: a directory, or a URL that fsspec knows."
 )

@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from llmfp import api
-from llmfp.cli.options import SOURCE, debug_option, json_option, reading_options
+from llmfp.cli.options import SOURCE, debug_option, deep_option, json_option, reading_options
 from llmfp.report import terminal
 
 
 @click.command("plan", short_help="Say what a scan would read and skip, without reading a weight.")
 @click.argument("source", type=SOURCE)
+@deep_option(False, "Plan a scan that looks at what heads compute.")
 @json_option
 @reading_options
 @debug_option

@@ -4,14 +4,16 @@ The entries (llmfp.circuits) are all that the known function-preserving rewrites
 rotary pairs, mixing V and O, permuting heads, folding norms, permuting or rotating the residual stream. Their average
 over heads is compared after what all layers share, and a cubic trend over depth, are taken off; layers are aligned, and
 
-    score  the mean correlation over the n aligned layer pairs
-    z      √n·(mean over aligned pairs − mean over the others) / (sd over the others)
+    score   the mean correlation over the n aligned layer pairs
+    z       √n·(mean over aligned pairs − mean over the others) / (sd over the others)
+    excess  z less what alignment alone gives models of these depths, over its standard deviation (alignment.by_chance)
 
-Strangers' z are above 0, since alignment looks for the best path, and depend on n; so z is no normal variable and p
-comes from strangers. Where unrelated models of the same head size and rotary pairs are given, from these: base-fixed
-conformal, p = (1 + #{null ≥ z}) / (1 + n), and below its floor, with MIN_PARAMETRIC of them or more, from the t
-prediction interval over them. Else from STRANGERS, the laboratory's; then the test carries a verdict only at
-z ≥ LEAST_Z with LEAST_LAYERS aligned pairs. The known attack: noise on input directions that the model hardly uses.
+Strangers' z is above 0, since alignment looks for the best path, and the deeper the models the more; their excess is
+near 0 ± 1. p comes from strangers: base-fixed conformal, p = (1 + #{null ≥ excess}) / (1 + n), where unrelated models
+of the same head size and rotary pairs are given, and below its floor, with MIN_PARAMETRIC of them or more, from the t
+prediction interval over them. Else from STRANGERS, those of bench/lineage; then the test carries a verdict only at an
+excess of LEAST_EXCESS or more with LEAST_LAYERS aligned pairs. The known attack: noise on input directions that the
+model hardly uses.
 """
 
 from __future__ import annotations
@@ -23,19 +25,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmfp.evidence.alignment import MIN_LAYERS, align, contrast, similarity
+from llmfp.evidence.alignment import MIN_LAYERS, align, by_chance, contrast, similarity
 from llmfp.evidence.permutation import Floats
 from llmfp.evidence.student import predicted_p, upper_tail
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
 
-LEAST_LAYERS, LEAST_Z = 10, 8.0
+LEAST_LAYERS, LEAST_EXCESS = 10, 5.0
 MIN_PARAMETRIC = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """z of aligned strangers: how many independent models, mean and standard deviation over their pairs, largest."""
+    """Excess of strangers: how many independent models, and mean, standard deviation and largest over their pairs."""
 
     models: int
     mean: float
@@ -43,14 +45,14 @@ class Calibration:
     largest: float
 
 
-STRANGERS = Calibration(models=0, mean=0.0, sd=1.0, largest=0.0)
+STRANGERS = Calibration(models=13, mean=0.2, sd=1.04, largest=2.55)
 
 
 @dataclass(frozen=True, slots=True)
 class Coherence:
     """Outcome of the test.
 
-    score, z    as above
+    score, z, excess  as above
     p_value     by `basis`: "conformal", or "approximate" (a t prediction over strangers)
     smallest_p  the least that p_value can be
     decides     whether a p above the level says anything: not without strangers of the same kind
@@ -61,6 +63,7 @@ class Coherence:
 
     score: float
     z: float
+    excess: float
     p_value: float
     smallest_p: float
     basis: str
@@ -72,7 +75,7 @@ class Coherence:
     @property
     def counts(self) -> bool:
         """Whether a verdict may rest on p."""
-        return self.decides or (self.z >= LEAST_Z and len(self.layer_map) >= LEAST_LAYERS)
+        return self.decides or (self.excess >= LEAST_EXCESS and len(self.layer_map) >= LEAST_LAYERS)
 
 
 def rotary_coherence(
@@ -96,17 +99,17 @@ def rotary_coherence(
     found = _contrast(a, b)
     if found is None:
         return Missing(f"fewer than {MIN_LAYERS} layers of one model have rotary coherence, or all are alike")
-    z = found.z
     turns = [(_contrast(a, other), _contrast(b, other)) for other in strangers if _comparable(a, other)]
-    usable = [(first.z, second.z) for first, second in turns if first is not None and second is not None]
+    usable = [(first.excess, second.excess) for first, second in turns if first is not None and second is not None]
     nulls, n = list(map(list, zip(*usable, strict=True))), len(usable)
     if n:
-        p_value, basis = max(_among(z, null) for null in nulls)
+        p_value, basis = max(_among(found.excess, null) for null in nulls)
     else:
-        p_value, basis = _among_laboratory(z), "approximate"
+        p_value, basis = _among_laboratory(found.excess), "approximate"
     return Coherence(
         score=found.score,
-        z=z,
+        z=found.z,
+        excess=found.excess,
         p_value=p_value,
         smallest_p=1 / (1 + n) if 0 < n < MIN_PARAMETRIC else 0.0,
         basis=basis,
@@ -130,27 +133,30 @@ def _contrast(a: TowerFingerprint, b: TowerFingerprint) -> _Contrast | None:
     if matrix is None:
         return None
     pairs = align(matrix)
-    found = contrast(matrix, pairs)
-    return None if found is None else _Contrast(*found, pairs, matrix)
+    if (found := contrast(matrix, pairs)) is None:
+        return None
+    mean, sd = by_chance(*(int(np.isfinite(matrix).any(axis=axis).sum()) for axis in (1, 0)))
+    return _Contrast(*found, (found[1] - mean) / sd, pairs, matrix)
 
 
 class _Contrast(NamedTuple):
     score: float
     z: float
+    excess: float
     pairs: list[tuple[int, int]]
     matrix: Floats
 
 
-def _among(z: float, null: list[float]) -> tuple[float, str]:
+def _among(excess: float, null: list[float]) -> tuple[float, str]:
     """p among strangers, and its basis: conformal, or below what that can show a t prediction."""
-    p = (1 + sum(each >= z for each in null)) / (1 + len(null))
-    if max(null) < z and len(null) >= MIN_PARAMETRIC:
-        predicted = predicted_p(z, null)
+    p = (1 + sum(each >= excess for each in null)) / (1 + len(null))
+    if max(null) < excess and len(null) >= MIN_PARAMETRIC:
+        predicted = predicted_p(excess, null)
         if predicted < p:
             return predicted, "approximate"
     return p, "conformal"
 
 
-def _among_laboratory(z: float) -> float:
-    t = (z - STRANGERS.mean) / (STRANGERS.sd * math.sqrt(1 + 1 / STRANGERS.models))
+def _among_laboratory(excess: float) -> float:
+    t = (excess - STRANGERS.mean) / (STRANGERS.sd * math.sqrt(1 + 1 / STRANGERS.models))
     return upper_tail(t, STRANGERS.models - 1)

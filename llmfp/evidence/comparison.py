@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmfp.errors import LlmfpError
 from llmfp.evidence import null as nulls
+from llmfp.evidence.alignment import align, layer_vectors, similarity
+from llmfp.evidence.coherence import LEAST_EXCESS, LEAST_LAYERS, Coherence, rotary_coherence
+from llmfp.evidence.heads import Heads, head_symmetry
 from llmfp.evidence.profile import BINS, Profile, profile
-from llmfp.evidence.residual import STRUCTURE_LEVEL, Residual, residual_symmetry
+from llmfp.evidence.residual import STRUCTURE_LEVEL, LayerMap, Residual, relative_layer_map, residual_symmetry
 from llmfp.evidence.verdict import Missing, Outcome, Verdict, decide, same_weights
-from llmfp.fingerprint import Fingerprint, TowerFingerprint, main_tower, tower_kind
+from llmfp.fingerprint import Fingerprint, TowerFingerprint, kind, main_tower
 
 SCHEMA = "llmfp.comparison/1"
 TESTS = ("residual", "heads", "coherence", "profile")
 """By what they can show, strongest last resort first."""
+ESCAPES = {
+    "residual": "permuting or rotating the residual basis",
+    "heads": "permuting heads",
+    "coherence": "noise on input directions that the model hardly uses",
+}
+"""What each test cannot see: where several found nothing, all of it must have been done."""
 MISSED = (
-    "a permutation or rotation of the residual basis",
     "distillation or training on a model's outputs, which pass on no weights",
     "replacing or retraining the attention weights themselves",
 )
-"""What the residual test cannot see: said wherever it found nothing."""
+"""What no test here can see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,9 @@ class Side:
 class Comparison:
     """The evidence, and the verdict at level `alpha`.
 
-    residual, null  None where `lost` says why; `lost` also names tests that were valid and could not count
-    missed          what would have escaped the tests that found nothing; empty unless none was detected
+    residual, heads, coherence, null
+            None where `lost` says why; `lost` also names tests that were valid and could not count
+    missed  what would have escaped the tests that found nothing; empty unless none was detected
     """
 
     a: Side
@@ -51,6 +60,8 @@ class Comparison:
     profile: Profile
     null: nulls.Place | None
     residual: Residual | None
+    heads: Heads | None
+    coherence: Coherence | None
     lost: Mapping[str, str]
     missed: tuple[str, ...]
     caveats: tuple[str, ...]
@@ -83,8 +94,8 @@ class Comparison:
             "b": asdict(self.b),
             "profile": {**asdict(self.profile), "bins": BINS, "null": _null_json(self.null)},
             "residual": None if self.residual is None else asdict(self.residual),
-            "heads": None,
-            "coherence": None,
+            "heads": None if self.heads is None else asdict(self.heads),
+            "coherence": None if self.coherence is None else asdict(self.coherence),
             "lost": dict(self.lost),
             "missed": list(self.missed),
             "caveats": list(self.caveats),
@@ -113,13 +124,19 @@ def compare(
     (name_a, tower_a), (name_b, tower_b) = _tower(a, tower), _tower(b, tower)
     sides = _side(a, name_a, tower_a), _side(b, name_b, tower_b)
     scores = profile(tower_a.std, tower_b.std)
-    residual = residual_symmetry(tower_a, tower_b, permutations=permutations, seed=seed)
-    place = _place(_kind(a, name_a), _kind(b, name_b), tower_a, tower_b, nulls.load() if null is None else null)
+    known = nulls.load() if null is None else null
+    models = [model for model in known if model.tower is None or not _same(model.tower, tower_a, tower_b)]
+    strangers = [model.tower for model in models if model.tower is not None]
+    coherence = rotary_coherence(tower_a, tower_b, strangers)
+    aligned = _layer_map(tower_a, tower_b, coherence)
+    residual = residual_symmetry(tower_a, tower_b, permutations=permutations, seed=seed, layer_map=aligned.pairs)
+    heads = head_symmetry(tower_a, tower_b, permutations=permutations, seed=seed, layer_map=aligned.pairs)
+    place = _place(kind(a, name_a), kind(b, name_b), tower_a, tower_b, models)
     found: dict[str, Outcome | Missing] = {
         "residual": _outcome("residual", "exact", residual),
-        "heads": Missing("the fingerprints hold no norms of head circuits"),
-        "coherence": Missing("the fingerprints hold no rotary coherence"),
-        "profile": _outcome("profile", "conformal", place),
+        "heads": _outcome("heads", "exact", heads),
+        "coherence": _coherence_outcome(coherence),
+        "profile": _outcome("profile", "conformal", place, decides=False),
     }
     decision = decide([each for each in found.values() if isinstance(each, Outcome)], alpha)
     if _identical(a, b, tower_a, tower_b):
@@ -133,9 +150,11 @@ def compare(
         profile=scores,
         null=None if isinstance(place, Missing) else place,
         residual=None if isinstance(residual, Missing) else residual,
+        heads=None if isinstance(heads, Missing) else heads,
+        coherence=None if isinstance(coherence, Missing) else coherence,
         lost={name: lost[name] for name in TESTS if name in lost},
-        missed=MISSED if decision.word == "none_detected" else (),
-        caveats=(*_caveats(a, b, sides, residual), *_their_caveats(a, b)),
+        missed=_missed(decision),
+        caveats=(*_caveats(a, b, sides, aligned, residual, coherence), *_their_caveats(a, b)),
     )
 
 
@@ -162,23 +181,71 @@ def _identical(a: Fingerprint, b: Fingerprint, tower_a: TowerFingerprint, tower_
     return varied and a.digest == b.digest and tower_a.statistics == tower_b.statistics
 
 
-def _kind(fingerprint: Fingerprint, tower: str) -> str:
-    return tower_kind(fingerprint.towers, tower)
+def _same(one: TowerFingerprint, *others: TowerFingerprint) -> bool:
+    return any(one.statistics == other.statistics for other in others)
+
+
+class _Alignment(NamedTuple):
+    """Pairs of positions in both towers' layers, and what they were found by."""
+
+    pairs: LayerMap
+    by: str
+
+
+def _layer_map(a: TowerFingerprint, b: TowerFingerprint, coherence: Coherence | Missing) -> _Alignment:
+    """By coherence where depths differ or it is clear; else by spectra where depths differ; else by relative depth."""
+    unlike = len(a.layers) != len(b.layers)
+    if isinstance(coherence, Coherence) and (unlike or coherence.counts):
+        pairs = [(a.layers.index(i), b.layers.index(j)) for i, j in coherence.layer_map]
+        return _Alignment(pairs, "rotary coherence")
+    vectors = (layer_vectors(a), layer_vectors(b)) if unlike else (None, None)
+    if vectors[0] is not None and vectors[1] is not None and vectors[0][0] == vectors[1][0]:
+        matrix = similarity(vectors[0][1], vectors[1][1])
+        if matrix is not None and (pairs := align(matrix)):
+            return _Alignment(pairs, f"the {vectors[0][0]} of circuits")
+    return _Alignment(relative_layer_map(len(a.layers), len(b.layers)), "relative depth")
+
+
+def _missed(decision: Verdict) -> tuple[str, ...]:
+    """What would have escaped the tests that found nothing."""
+    if decision.word != "none_detected":
+        return ()
+    together = [ESCAPES[name] for name in decision.rests_on if name in ESCAPES]
+    return (" and, at once, ".join(together), *MISSED) if together else MISSED
 
 
 def _place(
-    kind_a: str, kind_b: str, a: TowerFingerprint, b: TowerFingerprint, models: tuple[nulls.NullModel, ...]
+    kind_a: str, kind_b: str, a: TowerFingerprint, b: TowerFingerprint, models: Sequence[nulls.NullModel]
 ) -> nulls.Place | Missing:
     if kind_a != kind_b:
         return Missing(f"the towers are of different kinds: {kind_a} and {kind_b}")
     return nulls.place(a.std, b.std, kind_a, models)
 
 
-def _outcome(name: str, basis: str, found: Residual | nulls.Place | Missing) -> Outcome | Missing:
-    return found if isinstance(found, Missing) else Outcome(name, basis, found.p_value, found.smallest_p)
+def _coherence_outcome(found: Coherence | Missing) -> Outcome | Missing:
+    if isinstance(found, Missing):
+        return found
+    if not found.decides and len(found.layer_map) < LEAST_LAYERS:
+        return Missing(f"{len(found.layer_map)} layers aligned; without strangers of its kind it takes {LEAST_LAYERS}")
+    return Outcome(
+        "coherence", found.basis, found.p_value if found.counts else 1.0, found.smallest_p, decides=found.decides
+    )
 
 
-def _caveats(a: Fingerprint, b: Fingerprint, sides: tuple[Side, Side], residual: Residual | Missing) -> list[str]:
+def _outcome(
+    name: str, basis: str, found: Residual | Heads | nulls.Place | Missing, *, decides: bool = True
+) -> Outcome | Missing:
+    return found if isinstance(found, Missing) else Outcome(name, basis, found.p_value, found.smallest_p, decides)
+
+
+def _caveats(
+    a: Fingerprint,
+    b: Fingerprint,
+    sides: tuple[Side, Side],
+    aligned: _Alignment,
+    residual: Residual | Missing,
+    coherence: Coherence | Missing,
+) -> list[str]:
     caveats = []
     for fingerprint, side in zip((a, b), sides, strict=True):
         if len(fingerprint.towers) > 1:
@@ -186,13 +253,20 @@ def _caveats(a: Fingerprint, b: Fingerprint, sides: tuple[Side, Side], residual:
     if sides[0].tower != sides[1].tower:
         caveats.append(f"unlike towers are compared: {sides[0].tower} and {sides[1].tower}")
     if sides[0].layers != sides[1].layers:
-        caveats.append(f"{sides[0].layers} and {sides[1].layers} layers are matched by relative depth")
+        caveats.append(f"{sides[0].layers} and {sides[1].layers} layers are matched by {aligned.by}")
     if isinstance(residual, Residual):
         caveats.append("the residual test takes the order of coordinates for meaningless in at least one of the models")
         if min(residual.structure) <= STRUCTURE_LEVEL:
             caveats.append("in one model a coordinate's profile follows its neighbour's; the test stands on the other")
         if residual.dims < sides[0].hidden_size:
             caveats.append(f"{sides[0].hidden_size - residual.dims} residual coordinates without weights are left out")
+    if isinstance(coherence, Coherence):
+        caveats.append(f"rotary coherence can be destroyed by {ESCAPES['coherence']}, at no loss")
+        if not coherence.decides:
+            caveats.append(
+                f"without strangers of its kind (--null) rotary coherence counts only {LEAST_EXCESS:g} standard "
+                f"deviations above what alignment alone gives, with {LEAST_LAYERS} aligned layers"
+            )
     return caveats
 
 

@@ -4,7 +4,8 @@ A null file is one JSON object: `schema` "llmfp.null/1", `source`, and `models`,
 decimals, std}. Models that share weights, a teacher, or authors and recipe have one family, since their scores are no
 separate witnesses; the first listed stands for it. `kind` is the tower ("decoder", "encoder", "vision"), after
 "seq2seq " where that belongs to an encoder-decoder. `decimals` is the number to which `std` was rounded, null if it was
-not. One such file is shipped; bench/lineage/null.py made it.
+not. One such file is shipped; bench/lineage/null.py made it. A directory of fingerprints, each of a model related to
+none of the others, serves as well, and rotary coherence with it.
 
 The p-value is base-fixed conformal: one of the two models is held fixed and scored against one model of every family of
 its kind; p = (1 + #{null ≥ score}) / (1 + n). It holds where the other model, if unrelated, is one more draw of such a
@@ -28,6 +29,8 @@ from llmfp.checkpoint import strict_json
 from llmfp.errors import LlmfpError
 from llmfp.evidence.profile import StdCurves, pearson_mean
 from llmfp.evidence.verdict import Missing
+from llmfp.fingerprint import SUFFIX, TowerFingerprint, kind, main_tower
+from llmfp.fingerprint import load as load_fingerprint
 
 SCHEMA = "llmfp.null/1"
 KINDS = tuple(prefix + tower for prefix in ("", "seq2seq ") for tower in ("decoder", "encoder", "vision", "cross"))
@@ -36,13 +39,14 @@ _LIMIT_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class NullModel:
-    """A model that stands for its family."""
+    """A model that stands for its family; `tower` where more than its σ is known."""
 
     name: str
     family: str
     kind: str
     decimals: int | None
     std: StdCurves
+    tower: TowerFingerprint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +84,30 @@ def place(a: StdCurves, b: StdCurves, kind: str, models: Sequence[NullModel]) ->
 
 
 def load(path: str | os.PathLike[str] | None = None) -> tuple[NullModel, ...]:
-    """One model per family: those shipped, then those of a file. Raises LlmfpError, naming file and model."""
+    """One model per family: those shipped, then those of a file or of a directory of fingerprints, each a family.
+
+    Raises LlmfpError, naming file and model.
+    """
     models = _read(Path(str(files("llmfp.evidence") / "null.json")))
     if path is not None:
-        models += _read(Path(path))
+        models += _fingerprints(Path(path)) if Path(path).is_dir() else _read(Path(path))
     first: dict[tuple[str, str], NullModel] = {}
     for model in models:
         first.setdefault((model.kind, model.family), model)
     return tuple(first.values())
+
+
+def _fingerprints(folder: Path) -> tuple[NullModel, ...]:
+    files_ = sorted(folder.rglob(f"*{SUFFIX}"))
+    if not files_:
+        raise LlmfpError(f"{folder}: no fingerprints (*{SUFFIX}) in it", hint="llmfp-fast scan SOURCE --out makes one")
+    models = []
+    for file in files_:
+        found = load_fingerprint(file)
+        name = main_tower(found.towers)
+        tower = found.towers[name]
+        models.append(NullModel(found.source["name"], str(file), kind(found, name), None, tower.std, tower))
+    return tuple(models)
 
 
 def _below(

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+BASES = ("exact", "conformal", "approximate")
+"""What a p-value rests on, strongest first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Missing:
@@ -32,8 +35,9 @@ class Verdict:
     """What may be concluded at the chosen level.
 
     word      related, none_detected or inconclusive
-    p_value   the smallest p of the tests that counted, corrected for their number; None when none counted
-    basis     of the test with that p
+    p_value   Holm's adjusted p of the test that the verdict rests on first: of those that rejected one of the strongest
+              basis, of those that did not the smallest; None when none counted
+    basis     of that test
     rests_on  the tests that rejected; where none did, those that say so; "digest" where the weights are the same
     left_out  valid tests that did not count, and why
     """
@@ -61,18 +65,18 @@ def decide(outcomes: Sequence[Outcome], alpha: float) -> Verdict:
     tests = sorted(ordered[:counted], key=lambda outcome: outcome.p_value)
     if not tests:
         return Verdict("inconclusive", None, None, (), left_out)
-    rejected = []
+    adjusted: list[float] = []
     for n, test in enumerate(tests):
-        if test.p_value > alpha / (len(tests) - n):
-            break
-        rejected.append(test.name)
-    corrected = min(1.0, len(tests) * tests[0].p_value)
+        adjusted.append(min(1.0, max((len(tests) - n) * test.p_value, *adjusted[-1:], 0.0)))
+    rejected = [n for n, p in enumerate(adjusted) if p <= alpha]
     if rejected:
-        return Verdict("related", corrected, tests[0].basis, tuple(rejected), left_out)
-    deciding = [test for test in tests if test.decides]
+        best = min(rejected, key=lambda n: (BASES.index(tests[n].basis), n))
+        return Verdict("related", adjusted[best], tests[best].basis, tuple(tests[n].name for n in rejected), left_out)
+    deciding = [n for n, test in enumerate(tests) if test.decides]
     if not deciding:
         return Verdict("inconclusive", None, None, (), left_out)
-    return Verdict("none_detected", corrected, deciding[0].basis, tuple(test.name for test in deciding), left_out)
+    rests_on = tuple(tests[n].name for n in deciding)
+    return Verdict("none_detected", adjusted[deciding[0]], tests[deciding[0]].basis, rests_on, left_out)
 
 
 def same_weights(verdict: Verdict) -> Verdict:

@@ -64,10 +64,11 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a file's content where it is stored: its size and its ETag there, None before the first part."""
+    """What is known of a file where it is stored: its size, its ETag there, and whether any part of it has come."""
 
-    nbytes: int | None
-    etag: str | None
+    nbytes: int | None = None
+    etag: str | None = None
+    begun: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ class Client:
                     raise StaleLocationError(f"{self._host(place)} refuses with status {answer.status}")
                 self._check_status(answer, name, place)
                 total = self._check_range(answer, name, offset, last, known)
-                return Received(*self._fill(answer, view), Known(total, _etag(answer.headers.get("etag"))))
+                return Received(*self._fill(answer, view), Known(total, _etag(answer.headers.get("etag")), begun=True))
         raise HubError(f"{name}: redirected more than {_MOST_REDIRECTS} times")
 
     def retrying(self, name: str, ask: Callable[[], T]) -> T:
@@ -256,7 +257,7 @@ class Client:
                 f"{name}: has {total} bytes by the storage, {known.nbytes} by the Hub",
                 hint="was it replaced? scan again",
             )
-        if known.etag is not None and _etag(headers.get("etag")) != known.etag:
+        if known.begun and _etag(headers.get("etag")) != known.etag:
             raise HubError(
                 f"{name}: the file changed while it was read (its ETag is another)", hint="scan again from the start"
             )
@@ -294,8 +295,8 @@ class Client:
     def _redirected(self, place: str, answer: Answer, name: str) -> str:
         """Where an answer sends us, if we may go there."""
         self._drain(answer)
-        target = urljoin(place, answer.headers.get("location", ""))
         try:
+            target = urljoin(place, answer.headers.get("location", ""))
             parts = urlsplit(target)
             valid = "location" in answer.headers and bool(parts.hostname) and target.isprintable()
             local = parts.scheme == "http" and is_local(parts.hostname) and urlsplit(place).scheme == "http"

@@ -1,78 +1,81 @@
-"""The models of an organisation or a user, page by page, as the Hub lists them."""
+"""Models of an organisation, or of the whole Hub: page by page, as many API calls as there are pages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
+from typing import Any
 from urllib.parse import urlencode
 
 from llmfp.errors import HubError
 from llmfp.hub.client import Client, same_origin
-from llmfp.hub.source import is_repo
-from llmfp.report import printable
 
-_PAGE = 500
 _PAGE_BYTES = 64 << 20
-_MOST_PAGES = 100_000
-_NEXT = re.compile(r'<([^<>]+)>\s*;\s*rel="next"')
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_EXPAND = ("sha", "lastModified", "gated", "pipeline_tag", "private", "disabled")
+_NEXT = re.compile(r'<(?P<url>[^<>]{1,4000})>\s*;\s*rel="next"')
+_REPO = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A model of a listing. revision: the commit of its main branch, None where the Hub does not say."""
+    """One model of a listing. revision: the commit that main is at; last_modified: as the Hub writes dates, in UTC."""
 
     repo: str
     revision: str | None
+    last_modified: str | None
+    gated: bool
 
 
-def models(
-    client: Client, author: str, *, tag: str | None = None, limit: int | None = None, since: datetime | None = None
+def list_models(
+    client: Client,
+    *,
+    author: str | None = None,
+    filters: tuple[str, ...] = (),
+    since: str | None = None,
+    limit: int | None = None,
 ) -> Iterator[Listed]:
-    """The models of an author, the last changed first; those with a tag, so many, changed on that day or later.
+    """Models, newest first. Raises HubError.
 
-    A request a page, as the caller gets there. Raises HubError, naming the author.
+    author   a user or an organisation
+    filters  tags that each must have, text-generation for example
+    since    nothing last modified before this date (2026-01-31, or longer as the Hub writes it)
+    limit    at most so many
     """
     if client.settings.offline:
-        raise HubError(f"{author}: HF_HUB_OFFLINE is set", hint="unset it, or give --list with local paths")
-    asked = [
-        ("author", author),
-        ("sort", "lastModified"),
-        ("direction", "-1"),
-        ("limit", str(min(limit or _PAGE, _PAGE))),
-    ]
-    asked += [("expand", "sha"), ("expand", "lastModified"), *([("filter", tag)] if tag else [])]
-    url = f"{client.settings.endpoint}/api/models?{urlencode(asked)}"
-    left = limit
-    for _ in range(_MOST_PAGES):
-        answer, headers = client.json(url, author, _PAGE_BYTES)
-        if not isinstance(answer, list):
-            raise HubError(f"{author}: the Hub's listing cannot be understood (no list)")
-        for each in answer:
-            found, changed = _listed(each, author)
-            if (left is not None and left <= 0) or (since is not None and changed is not None and changed < since):
+        raise HubError("HF_HUB_OFFLINE is set; models cannot be listed", hint="unset it, or give a list with --list")
+    query: list[tuple[str, str]] = [("sort", "lastModified"), ("limit", "1000" if limit is None else str(limit))]
+    query += [("author", author)] if author else []
+    query += [("filter", each) for each in filters] + [("expand", each) for each in _EXPAND]
+    url: str | None = f"{client.settings.endpoint}/api/models?{urlencode(query)}"
+    name, left, seen = f"models of {author}" if author else "models", limit, set[str]()
+    while url is not None:
+        page, headers = client.json(url, name, _PAGE_BYTES)
+        if not isinstance(page, list):
+            raise HubError(f"{name}: the Hub's listing cannot be understood")
+        for item in page:
+            listed = _listed(item, name)
+            if since is not None and (listed.last_modified or "") < since:
+                return
+            if left == 0:
                 return
             left = None if left is None else left - 1
-            yield found
+            yield listed
         following = _NEXT.search(headers.get("link", ""))
-        if following is None or left == 0:
-            return
-        url = following[1]
-        if not same_origin(url, client.settings.endpoint):
-            raise HubError(f"{author}: the Hub's listing goes on at another server")
+        url = following["url"] if following and page else None
+        if url is not None and (url in seen or not same_origin(url, client.settings.endpoint)):
+            raise HubError(f"{name}: the Hub's listing goes on at an address that cannot be right")
+        seen.add(url or "")
 
 
-def _listed(entry: object, author: str) -> tuple[Listed, datetime | None]:
-    if not isinstance(entry, dict) or not isinstance(repo := entry.get("id"), str):
-        raise HubError(f"{author}: the Hub's listing cannot be understood (a model without a name)")
-    if not is_repo(repo):
-        raise HubError(f"{author}: the Hub lists a model by the name {printable(repo[:100])!r}")
-    sha, changed = entry.get("sha"), entry.get("lastModified")
-    try:
-        when = datetime.fromisoformat(changed) if isinstance(changed, str) else None
-    except ValueError:
-        when = None
-    known = isinstance(sha, str) and _COMMIT.fullmatch(sha)
-    return Listed(repo, sha if known else None), when if when is not None and when.tzinfo else None
+def _listed(item: Any, name: str) -> Listed:
+    repo = item.get("id") if isinstance(item, dict) else None
+    if not isinstance(repo, str) or ".." in repo or not (_REPO.fullmatch(repo) or re.fullmatch(r"[\w.-]{1,96}", repo)):
+        raise HubError(f"{name}: the Hub lists something that is no model: {str(repo)[:80]!r}")
+    sha, modified = item.get("sha"), item.get("lastModified")
+    return Listed(
+        repo,
+        sha if isinstance(sha, str) and re.fullmatch(r"[0-9a-f]{40}", sha) else None,
+        modified if isinstance(modified, str) else None,
+        bool(item.get("gated")),
+    )

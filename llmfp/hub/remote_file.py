@@ -43,7 +43,7 @@ class RemoteFile:
         self.path, self.commit, self.sha256 = path, commit, sha256
         self.bytes_read = self.requests = self.resolves = 0
         self._client, self._url = client, url
-        self._known = Known(nbytes, None)
+        self._known = Known(nbytes)
         self._linked_etag: str | None = None
         self._location: Location | None = None
         self._lock = threading.Lock()
@@ -120,14 +120,12 @@ class RemoteFile:
     def _learn(self, known: Known) -> None:
         """Size and ETag are those of the first part; of two first parts at once the later is held against the other."""
         with self._lock:
-            if self._known.etag is None and self._known != known:
-                if self._known.nbytes not in (None, known.nbytes):
-                    raise HubError(f"{self.path}: parts of different sizes")
+            if not self._known.begun:
                 if known.etag is None and self._linked_etag is None:
                     raise HubError(f"{self.path}: the server names no ETag, so a change under way could not be seen")
                 self._known = known
-            elif self._known.etag != known.etag:
-                raise HubError(f"{self.path}: the file changed while it was read (its ETag is another)")
+            elif self._known != known:
+                raise HubError(f"{self.path}: the file changed while it was read (its ETag or size is another)")
 
     def _current(self, stale: Location | None) -> Location:
         """Where the bytes are: what is known, or, where that is `stale` or about to expire, a new answer."""
@@ -160,7 +158,7 @@ class RemoteFile:
         with self._lock:
             self._linked_etag = self._linked_etag or found.etag
             if found.nbytes is not None and self._known.nbytes is None:
-                self._known = Known(found.nbytes, self._known.etag)
+                self._known = Known(found.nbytes)
 
 
 class SmallRemoteFile:

@@ -47,12 +47,6 @@ class WeightUrl:
         return self.shown
 
 
-def is_repo(text: str) -> bool:
-    """Whether a text is the name of a model on the Hub, ORG/NAME and nothing else."""
-    found = _HUB_ID.match(text)
-    return found is not None and found["revision"] is None and ".." not in text
-
-
 def looks_remote(source: str | os.PathLike[str]) -> bool:
     """Whether a SOURCE is an address, or has the form of a Hub id and is no path here."""
     text = os.fspath(source)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llmfp import fingerprint as fingerprints
 from llmfp.checkpoint import strict_json
 from llmfp.errors import CheckpointError, FingerprintError
-from llmfp.fingerprint import Fingerprint, main_tower, tower_kind
+from llmfp.fingerprint import Fingerprint, kind, main_tower
 from llmfp.registry.index import ROLES, Compaction, Index
 from llmfp.registry.store import RegistryError, Store, open_store
 from llmfp.report import printable
@@ -328,7 +328,7 @@ def _row(fingerprint: Fingerprint, origin: Origin, entry: str, sha256: str) -> d
         "digest": _text(fingerprint.digest),
         "architecture": _text(fingerprint.architecture),
         "tower": tower,
-        "kind": tower_kind(fingerprint.towers, tower),
+        "kind": kind(fingerprint, tower),
         "model_type": _text(fingerprint.source.get("model_type")),
         "heads": main.heads,
         "kv_heads": main.kv_heads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llmfp.evidence.comparison import Comparison, Side
 from llmfp.evidence.null import Place
@@ -65,6 +65,22 @@ def _tests(found: Comparison) -> Iterator[str]:
             f"{r.dims} coordinates, {r.rows} profiles in {r.layers} layers",
             f"{_TITLES['residual']:<18} ",
         )
+    if found.heads is not None:
+        h = found.heads
+        yield from _wrapped(
+            f"z = {h.z:+.1f}, p = {_p(h.p_value)} by {h.permutations:,} permutations of {h.heads} heads in "
+            f"{h.kv_heads} groups, {h.layers} layers; of {', '.join(h.blocks)}",
+            f"{_TITLES['heads']:<18} ",
+        )
+    if found.coherence is not None:
+        c = found.coherence
+        strangers = f"{c.nulls} strangers of its kind" if c.nulls else "the laboratory's strangers"
+        yield from _wrapped(
+            f"r = {c.score:+.2f}, z = {c.z:+.1f} over {len(c.layer_map)} aligned layers, {c.excess:+.1f} sd above "
+            f"chance; p = {_p(c.p_value)} among {strangers} ({c.basis})",
+            f"{_TITLES['coherence']:<18} ",
+        )
+        yield from _wrapped(_ranges(c.layer_map), f"{'  layers':<18} ")
     for name, reason in found.lost.items():
         yield from _wrapped(
             f"{'does not count: ' if _has(found, name) else 'not made: '}{reason}", f"{_TITLES[name]:<18} "
@@ -72,7 +88,23 @@ def _tests(found: Comparison) -> Iterator[str]:
 
 
 def _has(found: Comparison, name: str) -> bool:
-    return {"residual": found.residual, "profile": found.null}.get(name) is not None
+    made = {"residual": found.residual, "heads": found.heads, "coherence": found.coherence, "profile": found.null}
+    return made[name] is not None
+
+
+def _ranges(layer_map: Sequence[tuple[int, int]]) -> str:
+    """Pairs of layers, runs of consecutive ones as one: 0-7 with 0-7, 9-11 with 8-10."""
+    runs: list[list[tuple[int, int]]] = []
+    for pair in layer_map:
+        if runs and (runs[-1][-1][0] + 1, runs[-1][-1][1] + 1) == pair:
+            runs[-1].append(pair)
+        else:
+            runs.append([pair])
+    return ", ".join(" with ".join(_run(run[0][side], run[-1][side]) for side in (0, 1)) for run in runs)
+
+
+def _run(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def _scores(found: Comparison) -> Iterator[str]:
