@@ -22,8 +22,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmfp.architecture.specs import ROLES
 from llmfp.checkpoint import strict_json
 from llmfp.errors import LlmfpError
@@ -134,10 +132,7 @@ def _rounded(stds: StdCurves, decimals: int | None) -> StdCurves:
     """Rounding costs correlation. Whoever is ranked among models known to 3 decimals is known to 3 decimals."""
     if decimals is None:
         return stds
-    return {
-        role: [None if std is None else float(np.round(std, decimals)) for std in column]
-        for role, column in stds.items()
-    }
+    return {role: [None if std is None else round(std, decimals) for std in column] for role, column in stds.items()}
 
 
 def _read(path: Path) -> list[NullModel]:
