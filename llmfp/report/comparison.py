@@ -32,14 +32,15 @@ def comparison_page(found: Comparison) -> str:
 
 
 def _verdict(found: Comparison) -> str:
-    names = ", ".join(_TITLES[name] for name in found.decision.rests_on)
+    *others, last = [_TITLES[name] for name in found.decision.rests_on] or [""]
+    names = f"{', '.join(others)} and {last}" if others else last
     match found.verdict:
         case "related" if "digest" in found.decision.rests_on:
             words = "related: the attention weights of A and B are the same to the bit."
         case "related":
             words = (
                 "related: weights of A and B have a common origin. Two models that began from separate random values "
-                f"would agree this well with probability {_p(found.p_value)} at most ({found.basis}: {names}). A "
+                f"would agree this well with probability {_p(found.p_value)} at most ({found.basis}), by {names}. A "
                 "common initial seed alone can have the same effect, weakly; which model came first is not shown."
             )
         case "none_detected":
