@@ -1,18 +1,18 @@
 """Whose relative is this? A model against a registry: ranked, tested with the number of tests in mind, and held against
 what its model card declares.
 
-Ranking looks at every row: by the published score of σ profiles, and by rotary coherence where both have it. Neither
-changes when residual coordinates are relabelled, so the exact test on these labels (evidence.residual) is as valid on
-the candidates that ranking picked as on any others. It is made of the k first that it can be made of, and of the
-declared bases, and Holm's correction over all of them keeps the chance of one false "related" at alpha. Everything else
-that is printed of a candidate informs and decides nothing.
+Ranking looks at every row: by the published score of σ profiles and, where both were scanned deep, by rotary
+coherence. Neither changes when residual coordinates or heads are relabelled, so the exact tests on these labels
+(evidence.residual, evidence.heads) are as valid on the candidates that ranking picked as on any others. They are made
+of the nearest and of the declared bases, and Holm's correction over all of them keeps the chance of one false "related"
+at alpha. Coherence was picked by, and so pays for every row that was searched. Profiles inform and decide nothing.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmfp.engine import Progress
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "llmfp.identification/1"
 _COLUMNS = (
-    "repo", "revision", "entry", "digest", "kind", "hidden_size", "base_models", "added", "std_q", "std_k", "std_v",
-    "std_o",
+    "repo", "revision", "entry", "digest", "kind", "hidden_size", "head_dim", "rotary_pairs", "base_models", "added",
+    "std_q", "std_k", "std_v", "std_o", "coherence",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class Candidate:
     """A row of the registry that was looked at closely.
 
     verdict   related, none_detected or inconclusive, at the level of the whole search
-    p_value   of the exact test, corrected by Holm over all that were made; None where it could not be made,
+    p_value   the smallest, corrected for the search; None where no test could be made that decides,
     reason    for which this is why
     rank      1 for the nearest of all rows; declared bases have theirs, however far
     declared  named as a base by the source's card; explained: the cards of both lead to a common base
@@ -76,7 +76,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Identification:
-    """What was found for `name`. rows: fingerprints searched; tests: exact tests made, over which p is corrected."""
+    """What was found for `name`. rows: fingerprints searched; tests: of candidates, for all of which p is corrected."""
 
     name: str
     registry: str
@@ -113,6 +113,7 @@ def identify(
     alpha: float = 1e-3,
     permutations: int = 100_000,
     seed: int = 0,
+    deep: bool | None = None,
     progress: Progress | None = None,
     **reading: Any,
 ) -> Identification:
@@ -121,6 +122,7 @@ def identify(
     top           so many of the nearest are tested
     alpha         chance of calling any unrelated model related, over the whole search
     permutations  drawn for each test; no p is below 1 / (1 + permutations), so that Holm needs alpha / tests above it
+    deep          as in `llmfp.scan`; None: where the registry has fingerprints of deep scans
     progress      of reading the source, as in `llmfp.scan`
     reading       what `llmfp.scan` takes beside the source: threads, memory_bytes, …
 
@@ -134,7 +136,8 @@ def identify(
         raise LlmfpError(f"the {top} nearest are none")
     kept = registry if isinstance(registry, Registry) else Registry.open(registry)
     table = kept.table(_COLUMNS)
-    subject, name, declared, own = _subject(source, kept, table, reading, progress)
+    deep = table["coherence"].null_count < table.num_rows if deep is None else deep
+    subject, name, declared, own = _subject(source, kept, table, {**reading, "deep": deep}, progress)
     order = _ranked(subject, table, own)
     sizes = table["hidden_size"].to_numpy()
     testable = [row for row in order if sizes[row] == subject.main.hidden_size]
@@ -146,7 +149,7 @@ def identify(
     for row in chosen:
         other = kept.load(_facts(table, row))
         pairs[row] = comparison.compare(subject, other, alpha=alpha, permutations=permutations, null=models, seed=seed)
-    judged, tests = _judged(pairs, alpha)
+    judged, tests = _judged(pairs, alpha, len(order))
     explained = _explained(name, declared, table)
     candidates = tuple(
         Candidate(
@@ -201,18 +204,27 @@ def _subject(
 
 
 def _ranked(subject: Fingerprint, table: pa.Table, own: int | None) -> list[int]:
-    """Rows of the same kind, nearest first; equal weights before all others, rows without a score last."""
+    """Rows of the same kind, nearest first: equal weights, then those near by coherence and by profile in turns.
+
+    A row's place is the better of its places in both orders; without coherence it has its place by profile alone.
+    """
     import numpy as np
 
     from llmfp.registry import nearest
 
-    scores = nearest.pearson(subject.std, table)
     same = table["digest"].to_numpy(zero_copy_only=False) == subject.digest
     alike = table["kind"].to_numpy(zero_copy_only=False) == kind(subject, main_tower(subject.towers))
     if own is not None:
         alike[own] = False
     rows = np.flatnonzero(alike)
-    order = np.lexsort((rows, -np.nan_to_num(scores[rows], nan=-2.0), ~same[rows]))
+    places = []
+    for scores in (nearest.coherence(subject.main, table), nearest.pearson(subject.std, table)):
+        score = scores[rows]
+        place = np.empty(len(rows))
+        place[np.argsort(-np.nan_to_num(score, nan=-2.0), kind="stable")] = np.arange(len(rows))
+        places.append(np.where(np.isnan(score), len(rows), place))
+    coherence, profile = places
+    order = np.lexsort((profile, coherence > profile, np.minimum(coherence, profile), ~same[rows]))
     ranked: list[int] = rows[order].tolist()
     return ranked
 
@@ -225,30 +237,45 @@ class _Judged:
     reason: str | None
 
 
-def _judged(pairs: Mapping[int, Comparison], alpha: float) -> tuple[dict[int, _Judged], int]:
-    """What follows for each row, in the order of rank, and how many tests were made. Holm 1979, step down."""
+def _judged(pairs: Mapping[int, Comparison], alpha: float, rows: int) -> tuple[dict[int, _Judged], int]:
+    """What follows for each row, in the order of rank, and how many tests were made.
+
+    Exact tests, on labels of residual coordinates and of heads, which no ranking looked at: Holm over all of them.
+    Coherence, which ranking did look at: Bonferroni over all rows. Where there are both, each has half of alpha, and
+    every p here is doubled. Sources: Holm 1979; Tarone 1990 for leaving out exact tests that could never reject.
+    """
     from llmfp.evidence.verdict import Outcome, decide
 
     outcomes = [
-        Outcome(str(row), "exact", pair.residual.p_value, pair.residual.smallest_p)
+        Outcome(f"{row} {name}", "exact", test.p_value, test.smallest_p)
         for row, pair in pairs.items()
-        if pair.residual is not None
+        for name, test in (("residual", pair.residual), ("heads", pair.heads))
+        if test is not None
     ]
-    decision = decide(outcomes, alpha)
+    coherent = {row: pair.coherence for row, pair in pairs.items() if pair.coherence is not None}
+    share = 2 if outcomes and coherent else 1
+    decision = decide(outcomes, alpha / share)
     counted = sorted((each for each in outcomes if each.name not in decision.left_out), key=lambda each: each.p_value)
-    judged = {
-        row: _Judged("inconclusive", None, None, decision.left_out.get(str(row)) or pair.lost.get("residual"))
-        for row, pair in pairs.items()
-    }
+    found: dict[int, list[tuple[float, str]]] = {row: [] for row in pairs}
+    decides = {int(each.name.split()[0]) for each in counted} | {row for row, test in coherent.items() if test.decides}
     largest = 0.0
     for n, each in enumerate(counted):
-        largest = max(largest, min(1.0, (len(counted) - n) * each.p_value))
-        related = decision.word == "related" and each.name in decision.rests_on
-        judged[int(each.name)] = _Judged("related" if related else "none_detected", largest, "exact", None)
+        largest = max(largest, min(1.0, share * (len(counted) - n) * each.p_value))
+        found[int(each.name.split()[0])].append((largest, "exact"))
+    for row, test in coherent.items():
+        if test.counts:
+            found[row].append((min(1.0, share * rows * test.p_value), test.basis))
+    judged = {}
     for row, pair in pairs.items():
+        p_value, basis = min(found[row], default=(None, None))
         if "digest" in pair.decision.rests_on:
-            judged[row] = replace(judged[row], verdict="related", basis="exact")
-    return judged, len(counted)
+            judged[row] = _Judged("related", p_value, "exact", None)
+        elif p_value is not None and (p_value <= alpha or row in decides):
+            judged[row] = _Judged("related" if p_value <= alpha else "none_detected", p_value, basis, None)
+        else:
+            reason = decision.left_out.get(f"{row} residual") or pair.lost.get("residual")
+            judged[row] = _Judged("inconclusive", None, None, reason)
+    return judged, len(counted) + len(coherent)
 
 
 def _findings(declared: Declaration, wanted: Mapping[str, int], candidates: Mapping[int, Candidate]) -> list[Finding]:

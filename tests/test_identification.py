@@ -4,6 +4,7 @@ against the weights in words that claim no more than the tests show.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 import llmfp
 from llmfp.__main__ import main
 from llmfp.evidence import comparison
+from llmfp.evidence.alignment import without_trend
 from llmfp.identification import Finding, Identification, identify
-from llmfp.registry import Origin, Registry
+from llmfp.registry import Origin, Registry, nearest
 from tests.checkpoints import Model, build
 
 SIZES: dict[str, Any] = {"layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 128}
@@ -181,3 +183,61 @@ def test_nothing_to_compare_with_is_said(tmp_path: Path, models: dict[str, Path]
     assert (result.candidates, result.rows, result.tests) == ((), 0, 0)
     with pytest.raises(llmfp.LlmfpError, match="none"):
         identify(models["base"], empty, top=0)
+
+
+# --- rotary coherence
+
+
+def disguised(parent: Model, seed: int) -> Model:
+    """The parent with its residual stream rotated, its queries and keys scaled layer by layer, its values mixed."""
+    draw = np.random.default_rng(seed)
+    turn = np.linalg.qr(draw.standard_normal((SIZES["hidden"], SIZES["hidden"])))[0]
+    tensors = {name: tensor.astype(np.float64) for name, tensor in parent.tensors.items()}
+    for name in tensors:
+        layer = name.rsplit(".self_attn.", 1)[0]
+        gain = tensors.get(f"{layer}.input_layernorm.weight", np.ones(SIZES["hidden"]))
+        if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            tensors[name] = tensors[name] * gain @ turn
+        elif name.endswith("o_proj.weight"):
+            tensors[name] = turn.T @ tensors[name]
+    for layer in range(SIZES["layers"]):
+        for first, second in (("q", "k"), ("v", "o")):
+            factor = np.exp(draw.normal(0, 0.7))
+            names = [next(n for n in tensors if f".{layer}." in n and f"{role}_proj" in n) for role in (first, second)]
+            tensors[names[0]], tensors[names[1]] = tensors[names[0]] * factor, tensors[names[1]] / factor
+    for name in tensors:
+        if "layernorm" in name:
+            tensors[name] = np.ones_like(tensors[name])
+    return replace(parent, tensors={name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+
+
+def test_a_disguise_that_hides_from_profile_and_labels_is_found_by_coherence(tmp_path: Path) -> None:
+    """Among 20 strangers: without deep scans its parent is nowhere near; with them it is first, and its p has paid for
+    all 21 rows."""
+    parent = build("llama", seed=500, **SIZES)
+    child = disguised(child_of(parent, 1, share=0.1), 2).write(tmp_path / "child")
+    kept, plain = (Registry.open(tmp_path / name, create=True) for name in ("deep", "plain"))
+    made = {f"strange/{n:02}": build("llama", seed=n, **SIZES) for n in range(20)} | {"org/parent": parent}
+    added = [
+        (llmfp.scan(model.write(tmp_path / name), deep=True), Origin(name, "a" * 40)) for name, model in made.items()
+    ]
+    kept.add(added)
+    plain.add([(llmfp.scan(tmp_path / name), origin) for name, (_, origin) in zip(made, added, strict=True)])
+    assert {each.verdict for each in identify(child, plain).candidates} == {"none_detected"}
+    result = identify(child, kept)
+    first, *others = result.candidates
+    assert (first.repo, first.verdict, first.basis) == ("org/parent", "related", "approximate")
+    assert first.evidence.coherence is not None
+    assert first.p_value == pytest.approx(2 * 21 * first.evidence.coherence.p_value)
+    assert {each.verdict for each in others} == {"none_detected"}
+
+
+def test_a_sketch_estimates_the_mean_correlation_of_layers(models: dict[str, Path]) -> None:
+    """Within four of its standard errors for relatives and strangers, and its own to that of a whole: 1."""
+    names = ("base", "child", "sibling", "rival", "rivals-child")
+    towers = [llmfp.scan(models[name], deep=True).main for name in names]
+    sketches = np.array([nearest.sketch(tower) for tower in towers])
+    for i, j in itertools.combinations(range(len(names)), 2):
+        units = [without_trend(tower.circuit("coherence").astype(np.float64)) for tower in (towers[i], towers[j])]
+        expected = float((units[0] * units[1]).sum(axis=1).mean())
+        assert sketches[i] @ sketches[j] == pytest.approx(expected, abs=4 / np.sqrt(nearest.SKETCH))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from llmfp.cli.options import debug_option, json_option, machine_options, registry_option
+from llmfp.cli.options import debug_option, deep_option, json_option, machine_options, registry_option
 from llmfp.report import printable
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ FAILED = 3
     help="Where checkpoints are read: here one after the other, or one task each on a Ray cluster.",
 )  # fmt: skip
 @click.option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, else Ray on this machine.")
+@deep_option(True, "Look at what heads compute, which identify ranks and tests by; default: yes.")
 @json_option
 @machine_options
 @debug_option

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from llmfp.cli.options import debug_option, json_option, machine_options, registry_option
+from llmfp.cli.options import debug_option, deep_option, json_option, machine_options, registry_option
 from llmfp.cli.progress import ProgressBar
 
 
@@ -24,6 +24,7 @@ from llmfp.cli.progress import ProgressBar
     help="Drawn for each test.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
+@deep_option(None, "Look at what heads compute; default: where the registry has it of any model.")
 @json_option
 @machine_options
 @debug_option

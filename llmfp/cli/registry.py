@@ -64,7 +64,7 @@ def add(registry: str, sources: tuple[str, ...], repo: str | None, revision: str
     rows = []
     for text in sources:
         with ProgressBar() as bar:
-            fingerprint, origin = fingerprinted(known(text), {}, bar)
+            fingerprint, origin = fingerprinted(known(text), {"deep": True}, bar)
         rows += opened.add(
             [(fingerprint, replace(origin, repo=repo or origin.repo, revision=revision or origin.revision))]
         )

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from llmfp import fingerprint as fingerprints
 from llmfp.checkpoint import strict_json
 from llmfp.errors import CheckpointError, FingerprintError
-from llmfp.fingerprint import Fingerprint, kind, main_tower
+from llmfp.fingerprint import Fingerprint, TowerFingerprint, kind, main_tower
 from llmfp.registry.index import ROLES, Compaction, Index
 from llmfp.registry.store import RegistryError, Store, open_store
 from llmfp.report import printable
@@ -336,6 +336,8 @@ def _row(fingerprint: Fingerprint, origin: Origin, entry: str, sha256: str) -> d
         "layers": len(main.layers),
         "hidden_size": main.hidden_size,
         **{f"std_{role}": main.std[role] for role in ROLES},
+        "rotary_pairs": None if main.rotary is None else main.rotary.pairs,
+        "coherence": _sketch(main),
         "base_models": list(origin.base_models),
         "base_model_relation": origin.base_model_relation,
         "weights": origin.weights,
@@ -345,6 +347,14 @@ def _row(fingerprint: Fingerprint, origin: Origin, entry: str, sha256: str) -> d
         "bytes_total": int(fingerprint.run["bytes_total"]),
         "added": datetime.now(UTC),
     }
+
+
+def _sketch(tower: TowerFingerprint) -> list[float] | None:
+    if tower.circuits is None:
+        return None
+    from llmfp.registry.nearest import sketch
+
+    return sketch(tower)
 
 
 def _text(value: object) -> str | None:

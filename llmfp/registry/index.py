@@ -27,7 +27,6 @@ SUFFIX = ".parquet"
 ROLES = ("q", "k", "v", "o")
 KEY = ("repo", "revision")
 _COMPACT = f"{INDEX}/compact-"
-_MAX_FILE_BYTES = 4 << 30
 _MAX_TABLE_BYTES = 8 << 30
 _MOST_ROUNDS = 100
 _ROW_GROUP = 16_384
@@ -55,6 +54,8 @@ def schema() -> pa.Schema:
         *(pa.field(name, number) for name in ("heads", "kv_heads", "head_dim")),
         *(pa.field(name, number, nullable=False) for name in ("layers", "hidden_size")),
         *(pa.field(f"std_{role}", curve, nullable=False) for role in ROLES),
+        pa.field("rotary_pairs", number),
+        pa.field("coherence", pa.list_(pa.float32())),
         pa.field("base_models", pa.list_(text), nullable=False),
         pa.field("base_model_relation", text),
         *(pa.field(name, text) for name in ("weights", "config", "stamp")),
@@ -162,17 +163,16 @@ class Index:
 
     def _read_file(self, name: str, columns: list[str] | None) -> pa.Table | None:
         pa = arrow()
-        content = self._store.read(name, _MAX_FILE_BYTES)
-        if content is None:
-            return None
         where = f"{self._store.where}/{name}"
+        wanted = schema() if columns is None else pa.schema([schema().field(each) for each in columns])
         try:
-            file = pa.parquet.ParquetFile(pa.BufferReader(content))
-            groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
-            if (nbytes := sum(group.total_byte_size for group in groups)) > _MAX_TABLE_BYTES:
-                raise RegistryError(f"{where}: {nbytes} bytes of rows are over the limit of {_MAX_TABLE_BYTES}")
-            wanted = schema() if columns is None else pa.schema([schema().field(each) for each in columns])
-            return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+            with self._store.path(name) as path, pa.parquet.ParquetFile(path) as file:
+                groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
+                if (nbytes := sum(group.total_byte_size for group in groups)) > _MAX_TABLE_BYTES:
+                    raise RegistryError(f"{where}: {nbytes} bytes of rows are over the limit of {_MAX_TABLE_BYTES}")
+                return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+        except FileNotFoundError:
+            return None
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             line = str(error).split("\n", 1)[0][:200]
             raise RegistryError(
@@ -186,7 +186,7 @@ class Index:
 
 def parquet_bytes(table: pa.Table) -> bytes:
     """A Parquet file. σ do not compress, and reading them back at once is what the index is for."""
-    curves = {f"std_{role}.list.element" for role in ROLES}
+    curves = {"coherence.list.element", *(f"std_{role}.list.element" for role in ROLES)}
     out = io.BytesIO()
     arrow().parquet.write_table(
         table,

@@ -1,4 +1,9 @@
-"""The published score of one model against every row of an index at once.
+"""One model against every row of an index at once: by the published score, and by rotary coherence.
+
+`coherence` is an estimate of what `evidence.coherence` finds where no layer was added or dropped: a layer's vector has
+thousands of entries, so the index holds SKETCH numbers a model, into which all of them are added with signs and at
+places drawn by a hash (a count sketch). The product of two sketches is the mean correlation of their layers but for
+noise of 1/√SKETCH, 0.06; relatives have 0.3 and more. It ranks, and nothing else: the test looks at the fingerprints.
 
 `pearson` is what `evidence.profile` computes pair by pair, to rounding. Rows whose curve of a role has the same number
 of layers and the same gaps share one matrix, which interpolates and centres; a hundred thousand scores are then a few
@@ -14,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.evidence import profile
+from llmfp.evidence.alignment import without_trend
 from llmfp.evidence.profile import MIN_LAYERS, Curve, StdCurves
+from llmfp.fingerprint import TowerFingerprint
 from llmfp.registry.index import ROLES
 
 if TYPE_CHECKING:
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Rows = NDArray[np.intp]
+SKETCH = 256
 _PLAIN = 1e-6
 """A curve that varies by less, relative to its mean, is left to the definition: centring leaves it too few digits."""
 _AT_ONCE = 8192
@@ -51,6 +59,56 @@ def pearson(std: StdCurves, table: pa.Table) -> Floats:
     means: Floats = np.full(table.num_rows, np.nan)
     np.divide(np.where(known, scores, 0.0).sum(axis=0), counts, out=means, where=counts > 0)
     return means
+
+
+def sketch(tower: TowerFingerprint) -> list[float] | None:
+    """SKETCH numbers for a tower's rotary coherence, of length about 1; None where too few layers have any.
+
+    Source: Charikar, Chen & Farach-Colton 2002. Checked against the correlations that it estimates.
+    """
+    vectors = tower.circuit("coherence")
+    units = None if vectors is None else without_trend(vectors.astype(np.float64))
+    if units is None:
+        return None
+    known = np.flatnonzero(np.isfinite(units).all(axis=1))
+    total = np.zeros(SKETCH)
+    for layer in known.tolist():
+        drawn = _drawn(layer, units.shape[1])
+        signs = 1.0 - 2.0 * ((drawn >> np.uint64(32)) & np.uint64(1)).astype(np.float64)
+        places = (drawn % np.uint64(SKETCH)).astype(np.intp)
+        total += np.bincount(places, weights=signs * units[layer], minlength=SKETCH)
+    numbers: list[float] = (total / np.sqrt(len(known))).tolist()
+    return numbers
+
+
+def coherence(tower: TowerFingerprint, table: pa.Table) -> Floats:
+    """float64 [rows]: about the mean correlation of layers' rotary coherence; NaN for rows that have none like it.
+
+    table has the columns coherence, rotary_pairs and head_dim.
+    """
+    found = np.full(table.num_rows, np.nan)
+    ours = sketch(tower) if tower.circuits is not None and tower.rotary is not None else None
+    if ours is None or tower.rotary is None:
+        return found
+    start = 0
+    for chunk in table["coherence"].chunks:
+        rows = np.flatnonzero(np.diff(np.asarray(chunk.offsets)) == SKETCH)
+        theirs = chunk.values.to_numpy(zero_copy_only=False)[chunk.offsets[0].as_py() : chunk.offsets[-1].as_py()]
+        if len(theirs) == SKETCH * len(rows):  # rows have a whole sketch or none
+            found[start + rows] = theirs.reshape(-1, SKETCH) @ np.array(ours, np.float32)
+        start += len(chunk)
+    for name, wanted in (("rotary_pairs", tower.rotary.pairs), ("head_dim", tower.head_dim)):
+        found[table[name].to_numpy(zero_copy_only=False) != wanted] = np.nan
+    return found
+
+
+def _drawn(layer: int, entries: int) -> NDArray[np.uint64]:
+    """64 bits for every entry of a layer, the same on every machine. Source: splitmix64, Steele et al. 2014."""
+    with np.errstate(over="ignore"):
+        x = (np.arange(entries, dtype=np.uint64) + np.uint64((layer + 1) << 32)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
 
 
 def _alike(values: Floats, offsets: NDArray[np.int32]) -> Iterator[tuple[Rows, Floats, Floats]]:

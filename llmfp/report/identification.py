@@ -24,7 +24,7 @@ def identification_page(found: Identification) -> str:
     """All of an identification, for a terminal of 80 columns; names may be longer."""
     lines = [*_wrapped(_summary(found)), ""]
     lines += [line for finding in found.findings for line in _finding(finding)] or ["the card declares no base model"]
-    lines += ["", f"{'rank':>6}  {'profile':>7} {'residual z':>11} {'p':>9}  {'verdict':<13}  repo@revision"]
+    lines += ["", f"{'rank':>5} {'profile':>7} {'coher.':>6} {'res. z':>6} {'p':>8}  {'verdict':<13}  repo@revision"]
     lines += [_row(each) for each in found.candidates] or ["  no fingerprint of this kind"]
     lines += [""] + [line for caveat in found.caveats for line in _wrapped(caveat, "caveat: ")]
     return "\n".join(map(printable, lines)).rstrip()
@@ -32,8 +32,8 @@ def identification_page(found: Identification) -> str:
 
 def _summary(found: Identification) -> str:
     related = sum(each.verdict == "related" for each in found.candidates)
-    chance = f"The chance of naming any stranger among them is at most {found.alpha:g} (exact tests, Holm)."
-    searched = f"{found.name} against {found.rows:,} fingerprints, {found.tests} of them tested: "
+    chance = f"The chance that any stranger is among them is at most {found.alpha:g}, over the whole search."
+    searched = f"{found.name} against {found.rows:,} fingerprints, {found.tests} tests of the nearest: "
     if related:
         return f"{searched}weights of {related} have a common origin with its own. {chance}"
     if found.tests:
@@ -51,8 +51,9 @@ def _row(each: Candidate) -> str:
     profile = "-" if score is None else f"{score:.3f}"
     z = "-" if residual is None else f"{residual.z:+.1f}"
     p = "-" if each.p_value is None else f"{each.p_value:.2g}"
+    coherence = "-" if each.evidence.coherence is None else f"{each.evidence.coherence.score:.2f}"
     name = f"{each.repo}@{short(each.revision)}"
-    return f"{each.rank:>6}  {profile:>7} {z:>11} {p:>9}  {_VERDICT[each.verdict]:<13}  {name}"
+    return f"{each.rank:>5} {profile:>7} {coherence:>6} {z:>6} {p:>8}  {_VERDICT[each.verdict]:<13}  {name}"
 
 
 def _wrapped(text: str, head: str = "") -> list[str]:
