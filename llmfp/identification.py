@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SCHEMA = "llmfp.identification/1"
 _COLUMNS = (
     "repo", "revision", "entry", "digest", "kind", "hidden_size", "head_dim", "rotary_pairs", "base_models", "added",
-    "std_q", "std_k", "std_v", "std_o", "coherence",
+    "std_q", "std_k", "std_v", "std_o",
 )  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def identify(
     alpha: float = 1e-3,
     permutations: int = 100_000,
     seed: int = 0,
-    deep: bool | None = None,
+    deep: bool = True,
     progress: Progress | None = None,
     **reading: Any,
 ) -> Identification:
@@ -122,7 +122,7 @@ def identify(
     top           so many of the nearest are tested
     alpha         chance of calling any unrelated model related, over the whole search
     permutations  drawn for each test; no p is below 1 / (1 + permutations), so that Holm needs alpha / tests above it
-    deep          as in `llmfp.scan`; None: where the registry has fingerprints of deep scans
+    deep          as in `llmfp.scan`: without, coherence neither ranks nor tests
     progress      of reading the source, as in `llmfp.scan`
     reading       what `llmfp.scan` takes beside the source: threads, memory_bytes, …
 
@@ -135,9 +135,10 @@ def identify(
     if top < 1:
         raise LlmfpError(f"the {top} nearest are none")
     kept = registry if isinstance(registry, Registry) else Registry.open(registry)
-    table = kept.table(_COLUMNS)
-    deep = table["coherence"].null_count < table.num_rows if deep is None else deep
-    subject, name, declared, own = _subject(source, kept, table, {**reading, "deep": deep}, progress)
+    subject, name, revision, declared = _subject(source, kept, {**reading, "deep": deep}, progress)
+    table = kept.table(_COLUMNS if subject.main.circuits is None else (*_COLUMNS, "coherence"))
+    own = _row_of(table, name, revision)
+    declared = _declared_in(table, own) if declared == UNDECLARED else declared
     order = _ranked(subject, table, own)
     sizes = table["hidden_size"].to_numpy()
     testable = [row for row in order if sizes[row] == subject.main.hidden_size]
@@ -183,24 +184,23 @@ def identify(
 def _subject(
     source: str | os.PathLike[str] | Fingerprint,
     kept: Registry,
-    table: pa.Table,
     reading: Mapping[str, Any],
     progress: Progress | None,
-) -> tuple[Fingerprint, str, Declaration, int | None]:
-    """The fingerprint to identify, its name, what its card declares, and its own row, if it has one."""
+) -> tuple[Fingerprint, str, str, Declaration]:
+    """The fingerprint to identify, by what name and revision it would be kept, and what its card declares."""
     if isinstance(source, Fingerprint):
-        own = _row_of(table, source.source["name"], source.source.get("revision") or f"digest:{source.digest}")
-        return source, source.source["name"], _declared_in(table, own), own
+        name, revision = source.source["name"], source.source.get("revision") or f"digest:{source.digest}"
+        return source, name, revision, UNDECLARED
     from llmfp.sources import ask, fingerprinted, known
 
     found = ask(known(os.fspath(source)))
-    own = _row_of(table, found.repo, found.revision) if found.revision else None
-    if own is not None:
-        return kept.load(_facts(table, own)), found.repo, found.declared, own
+    if found.revision is not None:
+        table = kept.table(["repo", "revision", "entry"])
+        own = _row_of(table, found.repo, found.revision)
+        if own is not None:
+            return kept.load(_facts(table, own)), found.repo, found.revision, found.declared
     fingerprint, origin = fingerprinted(found, reading, progress)
-    own = _row_of(table, origin.repo, origin.revision)
-    declared = found.declared if found.declared != UNDECLARED else _declared_in(table, own)
-    return fingerprint, origin.repo, declared, own
+    return fingerprint, origin.repo, origin.revision, found.declared
 
 
 def _ranked(subject: Fingerprint, table: pa.Table, own: int | None) -> list[int]:
@@ -218,7 +218,9 @@ def _ranked(subject: Fingerprint, table: pa.Table, own: int | None) -> list[int]
         alike[own] = False
     rows = np.flatnonzero(alike)
     places = []
-    for scores in (nearest.coherence(subject.main, table), nearest.pearson(subject.std, table)):
+    nowhere = np.full(table.num_rows, np.nan)
+    by_coherence = nearest.coherence(subject.main, table) if "coherence" in table.column_names else nowhere
+    for scores in (by_coherence, nearest.pearson(subject.std, table)):
         score = scores[rows]
         place = np.empty(len(rows))
         place[np.argsort(-np.nan_to_num(score, nan=-2.0), kind="stable")] = np.arange(len(rows))

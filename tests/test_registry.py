@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -590,3 +591,9 @@ def test_wrong_usage_of_the_registry_is_one_line(
     error, hint = stderr.splitlines()
     assert message in error
     assert hint.startswith("hint: ")
+
+
+def test_the_documentation_names_every_column_in_order() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", (ROOT / "docs/registry.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == schema().names
+    assert [" or null" in kind for _, kind in rows] == [field.nullable for field in schema()]

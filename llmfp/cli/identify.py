@@ -24,7 +24,7 @@ from llmfp.cli.progress import ProgressBar
     help="Drawn for each test.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
-@deep_option(None, "Look at what heads compute; default: where the registry has it of any model.")
+@deep_option(True, "Look at what heads compute, to rank and test by rotary coherence; default: yes.")
 @json_option
 @machine_options
 @debug_option

@@ -40,8 +40,10 @@ def ls(registry: str, repo: str | None, as_json: bool) -> None:
         from llmfp.registry.index import arrow
 
         table = table.filter(arrow().compute.starts_with(table["repo"], repo))
-    rows = table.to_pylist()
-    click.echo(json.dumps({"registry": registry, "fingerprints": rows}) if as_json else registry_table(rows))
+    if as_json:
+        click.echo(json.dumps({"registry": registry, "fingerprints": table.to_pylist()}))
+    else:
+        click.echo(registry_table(table))
 
 
 @command.command("add", short_help="Keep fingerprints.")

@@ -170,7 +170,8 @@ class Index:
                 groups = (file.metadata.row_group(n) for n in range(file.metadata.num_row_groups))
                 if (nbytes := sum(group.total_byte_size for group in groups)) > _MAX_TABLE_BYTES:
                     raise RegistryError(f"{where}: {nbytes} bytes of rows are over the limit of {_MAX_TABLE_BYTES}")
-                return file.read(columns=wanted.names).select(wanted.names).cast(wanted)
+                table = file.read(columns=wanted.names).select(wanted.names)
+                return table if table.schema.equals(wanted) else table.cast(wanted)
         except FileNotFoundError:
             return None
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:

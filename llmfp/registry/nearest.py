@@ -13,10 +13,12 @@ matrix products, and rows that are constant to within rounding, or out of a floa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from llmfp.evidence import profile
 from llmfp.evidence.alignment import without_trend
@@ -43,7 +45,8 @@ def pearson(std: StdCurves, table: pa.Table) -> Floats:
     table has the columns std_q, std_k, std_v and std_o. Checked against evidence.profile row by row.
     """
     scores = np.full((len(ROLES), table.num_rows), np.nan)
-    for score, role in zip(scores, ROLES, strict=True):
+
+    def score(score: Floats, role: str) -> None:
         ours = profile.curve(std[role])
         if profile.unusable(ours) is None:
             start = 0
@@ -54,6 +57,10 @@ def pearson(std: StdCurves, table: pa.Table) -> Floats:
                     for rows, theirs, depth in _alike(values, offsets[first : first + _AT_ONCE + 1]):
                         score[start + first + rows] = _correlations(ours, theirs, depth)
                 start += len(chunk)
+
+    # Products are small: BLAS's own threads would wait for each other longer than they compute.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor() as pool:
+        list(pool.map(score, scores, ROLES))
     known = ~np.isnan(scores)
     counts = known.sum(axis=0)
     means: Floats = np.full(table.num_rows, np.nan)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmfp.report import printable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _COMMIT_DIGITS = 12
 
@@ -16,18 +18,23 @@ def short(revision: str) -> str:
     return f"{kind}{colon}{digits[:_COMMIT_DIGITS]}"
 
 
-def registry_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One line a fingerprint: repo, revision, architecture, shape."""
-    cells = [
-        (
-            f"{row['repo']}@{short(row['revision'])}",
-            row["architecture"],
-            f"{row['layers']} × {row['hidden_size']}",
-            "-" if row["heads"] is None else f"{row['heads']}/{row['kv_heads'] or '-'}",
-        )
-        for row in rows
+def registry_table(table: pa.Table) -> str:
+    """One line a fingerprint: repo, revision, architecture, shape. Columns and not rows: there may be 100,000."""
+    repo, revision, architecture, layers, hidden, heads, kv_heads = (
+        table[name].to_pylist()
+        for name in ("repo", "revision", "architecture", "layers", "hidden_size", "heads", "kv_heads")
+    )
+    columns = {
+        "repo@revision": [f"{one}@{short(other)}" for one, other in zip(repo, revision, strict=True)],
+        "architecture": architecture,
+        "layers × hidden": [f"{one} × {other}" for one, other in zip(layers, hidden, strict=True)],
+        "heads/kv": [
+            "-" if one is None else f"{one}/{other or '-'}" for one, other in zip(heads, kv_heads, strict=True)
+        ],
+    }
+    first, second, third = (max(map(len, (title, *column))) for title, column in list(columns.items())[:3])
+    lines = [
+        f"{a:<{first}}  {b:<{second}}  {c:<{third}}  {d}"
+        for a, b, c, d in ([*columns], *zip(*columns.values(), strict=True))
     ]
-    titles = ("repo@revision", "architecture", "layers × hidden", "heads/kv")
-    widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (titles, *cells)]
-    return "\n".join([*(printable(line.rstrip()) for line in lines), "", f"{len(cells):,} fingerprints"])
+    return "\n".join([*map(printable, lines), "", f"{table.num_rows:,} fingerprints"])
