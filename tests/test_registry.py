@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -234,13 +235,13 @@ def test_a_reader_finds_every_row_while_the_index_is_compacted(where: str, finge
         def __init__(self, store: Store) -> None:
             self._store, self.where, self.reads = store, store.where, 0
 
-        def read(self, name: str, limit: int) -> bytes | None:
+        def path(self, name: str) -> AbstractContextManager[Path]:
             self.reads += 1
             if self.reads in (1, 2, 4):
                 added = (other(fingerprint, 10 + self.reads), Origin(f"org/{10 + self.reads}", COMMIT))
                 Registry.open(where).add([added])
                 Registry.open(where).compact()
-            return self._store.read(name, limit)
+            return self._store.path(name)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._store, name)
