@@ -26,7 +26,7 @@ bench: .venv/bench ## measure against peers and ceilings, store bench/results/
 	$(BIN)/python -m bench
 
 fuzz: .venv/fuzz ## fuzz every parser for SECONDS (60) each
-	for parser in safetensors gguf torch json adapter; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+	for parser in safetensors gguf torch json adapter config quant_state; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
 
 clean: ## remove what these targets made
 	rm -rf .venv .demo build llmfp/_native*.so llmfp.egg-info

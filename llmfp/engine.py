@@ -25,6 +25,7 @@ from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
+from llmfp.sample import SAMPLED, Blocks, interval
 
 if TYPE_CHECKING:
     from llmfp.circuits import Circuits, LayerGrams
@@ -43,6 +44,8 @@ class Statistics:
     head_std  float64[heads], population std of each head's weights; None when the head size is unknown
     residual  float16[hidden], log RMS of the effective weights along each residual coordinate; None for what neither
               reads nor writes the residual stream: inner factors of latent attention, biases, gains
+    interval  in which σ of all elements lies with 95 % confidence, where `count` is a sample of them; None where it is
+              all of them. A sample has neither head_std nor residual
     """
 
     count: int
@@ -52,6 +55,7 @@ class Statistics:
     nonfinite: int
     head_std: Buffer | None
     residual: Buffer | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +175,8 @@ class _Scan:
                 self.finished.set()
 
     def result(self) -> Result:
-        return Result(self._statistics, self._circuits, self._ledger.digest(), tuple(self._caveats))
+        digest = self._ledger.digest() if self.plan.sample is None else f"{SAMPLED}{self._ledger.digest()}"
+        return Result(self._statistics, self._circuits, digest, tuple(self._caveats))
 
     def _take(self) -> int | None:
         with self.lock:
@@ -246,15 +251,12 @@ class _Scan:
         else:
             dtype, offset, stride = "", 0, encoding.row_bytes
             coding = replace(coding, place=encoding.place(task.tensor.shape[0], first_row))
-        col_weight = row_weight = None
+        col_weight: Buffer | None = None
+        row_weight: Buffer | None = None
         if step.second:
             col_weight = first.column_means(task.projections.index(projection))
-        elif projection.gain is not None and (gain := self._gains[projection.gain]) is not None:
-            if projection.residual_is_stored_rows:
-                row = step.group * task.rows + step.row
-                row_weight = memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
-            else:
-                col_weight = gain
+        elif projection.residual_size is not None:
+            col_weight, row_weight = self._weights(task, projection, step)
         return Chunk(
             data=data,
             dtype=dtype,
@@ -272,24 +274,33 @@ class _Scan:
             first_col=view.start % task.row_stride,
         )
 
+    def _weights(self, task: Task, projection: Projection, step: Step) -> tuple[Buffer | None, Buffer | None]:
+        """The norm's gain for the columns of a step's rows, or for the rows themselves."""
+        gain = None if projection.gain is None else self._gains[projection.gain]
+        if gain is None or not projection.residual_is_stored_rows:
+            return gain, None
+        row = step.group * task.rows + step.row
+        return None, memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
+
     def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> None:
         """Hands a step's rows to the Gram matrices of its layer; `stop`: where they end in their buffer."""
         step = self.plan.steps[number]
         task = self.plan.tasks[step.task]
         key = task.tower, task.layer
         grams, row = self._layer_grams(key), step.group * task.rows + step.row
-        by_role = {p.role: chunk for p, chunk in zip(task.projections, chunks, strict=True)}
-        if Role.K in by_role and Role.Q not in by_role:
-            grams.keep(row, self._copied(by_role[Role.K], stop))
-        if task.asks:
+        by_role: dict[Role, Chunk] = {}
+        for p, chunk in zip(task.projections, chunks, strict=True):
+            if p.role in grams.heads.projections:
+                columns, rows = self._weights(task, p, step)  # a latent's gain, too, which marginals are without
+                by_role[p.role] = replace(chunk, col_weight=columns, row_weight=rows)
+        if (keys := grams.heads.answers(by_role)) is not None:
+            grams.keep(row, self._copied(by_role[keys], stop))
+        if grams.heads.asks(by_role):
             self._keys_are_here[key].wait()
             if self.stop:
                 return
-        for role, chunk in by_role.items():
-            if role not in grams.heads.projections:
-                continue
-            keys = by_role.get(Role.K) if role is Role.Q else None
-            if grams.add(role, row, self._order[number], chunk, keys):
+        for role in by_role:
+            if grams.add(role, row, self._order[number], by_role):
                 self._close_circuits(key, grams)
 
     def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
@@ -323,7 +334,7 @@ class _Scan:
     def _close_circuits(self, key: tuple[str, int], grams: LayerGrams) -> None:
         from llmfp.circuits import circuits
 
-        found = circuits(grams.finish(), grams.heads.projections[Role.Q].view.inputs, grams.heads.rotary)
+        found = circuits(grams.finish())
         with self.lock:
             del self._grams[key]
             if found is None:
@@ -410,7 +421,10 @@ class _Scan:
         task = self.plan.tasks[number]
         for i, (projection, marginals) in enumerate(zip(task.projections, merged, strict=True)):
             key = (task.tower, projection.layer, str(projection.role))
-            statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
+            if self.plan.sample is not None:
+                statistics = self._estimate(projection, marginals, task.blocks)
+            else:
+                statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
             with self.lock:
                 self._statistics[key] = statistics
                 if not math.isfinite(statistics.std):
@@ -419,6 +433,25 @@ class _Scan:
                         f"the std of {projection.role} in layer {projection.layer} is null"
                     ] = None
             self._ledger.enter(key, marginals)
+
+    def _estimate(self, projection: Projection, marginals: Marginals, blocks: Blocks | None) -> Statistics:
+        """What the rows of a sample say of all rows."""
+        rows, cols = sum(marginals.counts), projection.view.cols
+        total = self.backend.pool(marginals.row, cols, rows)
+        around = None
+        if blocks is not None:
+            each = self.backend.pool(marginals.row, cols, blocks.rows)
+            around = interval(_doubles(each.mean), _doubles(each.m2), blocks.rows * cols, blocks.share)
+        return Statistics(
+            count=rows * cols,
+            mean=_doubles(total.mean)[0],
+            std=math.sqrt(_doubles(total.m2)[0] / (rows * cols)),
+            abs_max=marginals.abs_max,
+            nonfinite=marginals.nonfinite,
+            head_std=None,
+            residual=None,
+            interval=around,
+        )
 
     def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
         rows = sum(marginals.counts)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -22,6 +22,7 @@ from llmfp.encoding import Encoding
 from llmfp.errors import EncodingError, PlanError
 from llmfp.kernels import Backend
 from llmfp.marginals import unit_rows
+from llmfp.sample import Blocks, draw
 
 DEFAULT_MEMORY = 512 << 20
 FIXED_BYTES = 6 << 20
@@ -31,6 +32,8 @@ NUMPY_BYTES = 24 << 20
 BLAS_BYTES = 16 << 20
 """What its BLAS costs on top, which multiplies heads in a deep scan; per thread."""
 MAX_THREADS = 32
+_CODED_ROWS = 32
+"""Rows that codes may be packed together in (see llmfp.marginals.Coding): blocks of a sample hold whole ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class Task:
 
     second_read: a LayerNorm along the stored rows needs every column's mean before a row can be centred.
     biases: the layer's bias vectors, which are read, whole, along with its first task.
+    blocks: the rows that a sample reads; None where all are read.
     """
 
     tower: str
@@ -53,6 +57,7 @@ class Task:
     unit_rows: int
     second_read: bool
     biases: tuple[TensorSpec, ...] = ()
+    blocks: Blocks | None = None
 
     @property
     def first_row(self) -> int:
@@ -69,10 +74,13 @@ class Task:
         return self.projections[0].layer
 
     @property
-    def asks(self) -> bool:
-        """Whether it holds queries and not their keys."""
-        roles = {p.role for p in self.projections}
-        return Role.Q in roles and Role.K not in roles
+    def nbytes(self) -> int:
+        """Of the projections, all rows of them."""
+        return sum(p.view.nbytes for p in self.projections)
+
+    @property
+    def roles(self) -> set[Role]:
+        return {p.role for p in self.projections}
 
     @property
     def gains(self) -> tuple[NormGain, ...]:
@@ -111,6 +119,8 @@ class Plan:
     circuits: Mapping[tuple[str, int], LayerHeads]
     fetched: tuple[int, int] | None = None
     """Of a remote checkpoint: ranges that the scan will ask for, and their bytes."""
+    sample: float | None = None
+    """The share of every tensor's rows that is aimed at; None where all are read."""
 
     @property
     def attention_bytes(self) -> int:
@@ -179,6 +189,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints: reads in order, what is skipped, totals in bytes."""
         shards = self.checkpoint.shards
+        sampled: Counter[int] = Counter()
+        for step in self.steps:
+            sampled[step.task] += step.nbytes
         return {
             "schema": "llmfp.plan/1",
             "architecture": self.attention.family,
@@ -192,10 +205,10 @@ class Plan:
                     "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
                     "adapter_rank": None if (lora := task.tensor.lora) is None else lora.a.shape[0],
                     "file": shards[task.tensor.shard].path.name,
-                    "bytes": sum(p.view.nbytes for p in task.projections),
+                    "bytes": task.nbytes if task.blocks is None else sampled[number],
                     "read_twice": task.second_read,
                 }
-                for task in self.tasks
+                for number, task in enumerate(self.tasks)
             ],
             "skipped": self.skipped,
             "attention_bytes": self.attention_bytes,
@@ -210,6 +223,7 @@ class Plan:
             "gap_bytes": self.gap_bytes,
             "requests": self.requests,
             "deep": self.deep,
+            "sample": self.sample,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,
@@ -228,14 +242,19 @@ def make_plan(
     extra_bytes: int = 0,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    block_bytes: int = 1,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
     extra_bytes: what a read may cost in resident memory beyond its own bytes.
     deep: also look at the circuits of heads, wherever heads can be told apart.
+    sample: the share of every tensor's rows to read, in blocks of at least block_bytes; all of them when None.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
     circuits = {(t.name, heads.layer): heads for t in attention.towers for heads in layer_heads(t)} if deep else {}
     tasks = _tasks(attention, circuits)
+    if sample is not None:
+        tasks = [_sampled(task, sample, block_bytes) for task in tasks]
     for task in tasks:
         if task.tensor.encoding is None and task.tensor.dtype not in backend.dtypes:
             raise EncodingError(
@@ -268,7 +287,18 @@ def make_plan(
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
-    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, deep, circuits)
+    return Plan(
+        checkpoint,
+        attention,
+        tuple(tasks),
+        tuple(steps),
+        threads,
+        memory_bytes,
+        needed,
+        deep,
+        circuits,
+        sample=sample,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -295,6 +325,11 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
             rows = (v.tensor.shard, v.tensor.offset_bytes, v.start // v.row_stride, v.group_stride, v.groups, v.rows)
             shared[tower.name, p.layer, *rows].append(p)
     tasks, biases = [], _biases(attention)
+
+    def asks(task: Task) -> bool:
+        heads = circuits.get((task.tower, task.layer))
+        return heads is not None and heads.asks(task.roles)
+
     for key in sorted(shared, key=lambda key: [str(key[0]), *key[1:]]):
         projections = sorted(shared[key], key=lambda p: p.view.start)
         view = projections[0].view
@@ -314,7 +349,8 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
                 biases=biases.pop((str(key[0]), projections[0].layer), ()),
             )
         )
-    return sorted(tasks, key=lambda task: (task.tower, task.layer, (task.tower, task.layer) in circuits and task.asks))
+
+    return sorted(tasks, key=lambda task: (task.tower, task.layer, asks(task)))
 
 
 def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
@@ -328,8 +364,28 @@ def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, 
     return {key: tuple(sorted(specs, key=lambda spec: (spec.shard, spec.offset_bytes))) for key, specs in found.items()}
 
 
+def _sampled(task: Task, share: float, block_bytes: int) -> Task:
+    """The task with the rows that are read of it, one unit a block. What needs all rows is not made of a sample, so
+    nothing is read twice."""
+    runs = [(group, first, count) for group in range(task.groups) for first, count in _runs(task, group)]
+    encoding = task.tensor.encoding
+    row_bytes = _extent(task, 0, runs[0][1], 1 if encoding is None else _CODED_ROWS)[1]
+    row_bytes = row_bytes if encoding is None else -(-row_bytes // _CODED_ROWS)
+    multiple = 1 if encoding is None else _CODED_ROWS
+    seed = f"{task.tensor.name} {task.first}"
+    blocks = draw(runs, max(row_bytes, 1), share, block_bytes, multiple, seed)
+    unit = task.unit_rows if blocks is None else blocks.rows
+    return replace(task, unit_rows=unit, second_read=False, blocks=blocks)
+
+
 def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
     rows_per_step, tensor = units * task.unit_rows, task.tensor
+    if task.blocks is not None:
+        for group, row in task.blocks.places:
+            start, nbytes = _extent(task, group, row, task.blocks.rows)
+            offset = tensor.offset_bytes + start
+            yield Step(number, group, row, task.blocks.rows, tensor.shard, offset, nbytes, second)
+        return
     for group in range(task.groups):
         for first, count in _runs(task, group):
             for row in range(first, first + count, rows_per_step):
@@ -379,32 +435,37 @@ def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
     scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
-    multiplied = 0
-    for p in task.projections:
-        if heads is not None and p.role in heads.projections:
-            size = _head_size(heads, p.role)
-            if p.residual_is_stored_rows:  # a unit in float32, with its keys, and its share of every head's products
-                multiplied += 8 * rows * p.view.cols + 8 * p.view.cols * size
-            else:  # a head, its key head, and one that steps cut
-                multiplied += 12 * size * p.view.cols + 16 * size * size
+    multiplied = 0 if heads is None else sum(_multiplied(p, rows, heads) for p in task.projections)
     return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results + multiplied
 
 
-def _head_size(heads: LayerHeads, role: Role) -> int:
-    return heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
+def _multiplied(p: Projection, rows: int, heads: LayerHeads) -> int:
+    """What multiplying a unit of `rows` rows takes beyond the unit itself."""
+    parts = [part for part in heads.parts if part.role is p.role]
+    if not parts:
+        return 0
+    if not p.residual_is_stored_rows:  # a head, its key head, and one that steps cut
+        size = max(part.size for part in parts)
+        return 12 * size * p.view.cols + 16 * size * size
+    keys = heads.projections[heads.crossed[1].role].view.cols if heads.asks({p.role}) and heads.crossed else 0
+    shares = sum(8 * part.heads * part.size**2 for part in parts)
+    return 4 * rows * (p.view.cols + keys) + shares  # a unit in float32, its keys, and its share of all heads' products
 
 
 def _gram_bytes(heads: LayerHeads) -> int:
-    """What a layer keeps until its last step: products of all heads, and K as it is stored."""
-    products = (2 * heads.heads + heads.kv_heads) * heads.size**2
-    products += (heads.heads + heads.kv_heads) * (heads.value_size or 0) ** 2
-    return 8 * products + heads.projections[Role.K].view.nbytes
+    """What a layer keeps until its last step: products of all heads, and keys to be multiplied as they are stored."""
+    products = sum(part.heads * part.size**2 for part in heads.parts)
+    if heads.crossed is None:
+        return 8 * products
+    queries, keys = heads.crossed
+    return 8 * (products + queries.heads * queries.size * keys.size) + heads.projections[keys.role].view.nbytes
 
 
 def _circuit_bytes(heads: LayerHeads) -> int:
     """What the fingerprint keeps of a layer's heads."""
-    kept = 2 * heads.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 4 * heads.heads * heads.size
-    return kept + 16 * heads.heads + 1024
+    spectra = heads.q.size + (heads.v.size if heads.v else 0)
+    kept = 2 * heads.q.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 2 * heads.q.heads * spectra
+    return kept + 16 * heads.q.heads + 1024
 
 
 def _kept_bytes(tasks: Sequence[Task], circuits: Mapping[tuple[str, int], LayerHeads]) -> int:

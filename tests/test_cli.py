@@ -177,7 +177,7 @@ def test_the_help_lists_every_command(run_main: Any) -> None:
 
 SCAN_KEYS = {
     "schema", "source", "architecture", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "std", "mean",
-    "roles", "towers", "skipped", "caveats", "run", "digest",
+    "roles", "towers", "skipped", "caveats", "run", "digest", "sample",
 }  # fmt: skip
 RUN_KEYS = {
     "backend", "simd", "reader", "seconds", "bytes_read", "bytes_total", "second_read_bytes", "peak_rss_bytes",

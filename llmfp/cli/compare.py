@@ -43,7 +43,7 @@ EXPECTED = {"related": "related", "none": "none_detected"}
     help="Further unrelated models: σ in JSON, or a directory of fingerprints, each its own family.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
-@deep_option(True, "Look at what heads compute; without it only profile and residual test are left.")
+@deep_option(None, "Look at what heads compute; without it, or of a sample, only profile and residual test are left.")
 @json_option
 @reading_options
 @verbose_option
@@ -58,8 +58,8 @@ def command(
     base: Path | None,
     **more: Any,
 ) -> int:
-    """Compares A and B, each a model's directory, a weight file or a saved fingerprint, and says whether their
-    attention weights share ancestry, by which tests, and what those cannot see.
+    """Compares A and B, each a model's directory, a weight file, a saved fingerprint or a model of the Hub, and says
+    whether their attention weights share ancestry, by which tests, and what those cannot see.
 
     The verdict is related, none_detected or inconclusive; it never says that there is no relation, and never which
     of the two came first.
@@ -67,6 +67,8 @@ def command(
     weighing = {name: more.pop(name) for name in ("alpha", "permutations", "null", "seed")}
     if base is not None and not (is_adapter(Path(a)) or is_adapter(Path(b))):
         raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
+    if more["deep"] is None:
+        more["deep"] = more["sample"] is None
     reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
     if as_json:

@@ -12,6 +12,7 @@ from llmfp.architecture.families import TOWERS
 from llmfp.kernels import BACKENDS
 from llmfp.plan import parse_size
 from llmfp.reader import READERS
+from llmfp.sample import parse_share
 
 Command = Callable[..., Any]
 SOURCE = click.Path(path_type=str, readable=False)
@@ -30,6 +31,13 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+
+
+def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else parse_share(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:
@@ -66,7 +74,7 @@ def machine_options(command: Command) -> Command:
 
 
 def reading_options(command: Command) -> Command:
-    """What to read and how: base, tower, and the machine's options."""
+    """What to read and how: base, tower, sample, and the machine's options."""
     command = machine_options(command)
     for option in reversed(
         (
@@ -76,6 +84,10 @@ def reading_options(command: Command) -> Command:
             ),
             click.option(
                 "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
+            ),
+            click.option(
+                "--sample", metavar="SHARE", callback=_share,
+                help="Read blocks of rows, 10% of them for example; every σ then has a 95 % interval.",
             ),
         )
     ):  # fmt: skip

@@ -28,13 +28,15 @@ from llmfp.report import printable, terminal
 def command(source: str, out: Path | None, deep: bool | None, as_json: bool, verbose: bool, **reading: Any) -> None:
     """Reads the attention weights of SOURCE once and prints the standard deviation σ of Q, K, V and O in every layer.
 
-    SOURCE is a model's directory, a single .safetensors, .bin, .pt or .pth file, or a saved fingerprint.
+    SOURCE is a model's directory, a single .safetensors, .gguf, .bin, .pt or .pth file, or a saved fingerprint; or a
+    model of the Hugging Face Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME) or the https address of a weight file, of
+    which only the attention weights are fetched and nothing is kept.
     """
     if out is not None:
         _check_writable(out)
     planned = _say_plan if verbose else None
     with ProgressBar() as bar:
-        deep = out is not None if deep is None else deep
+        deep = out is not None and reading["sample"] is None if deep is None else deep
         fingerprint = api.scan(source, deep=deep, planned=planned, progress=bar, **reading)
     if out is not None:
         fingerprint.save(out)

@@ -96,6 +96,8 @@ def rotary_coherence(
             "rotary pairs differ: "
             + " and ".join(f"{t.rotary.pairs} in heads of {t.head_dim}" for t in (a, b) if t.rotary is not None)
         )
+    if 0 not in (_entries(a), _entries(b)) and _entries(a) != _entries(b):
+        return Missing("in one model queries read a latent and keys do not, so that the two hold different entries")
     found = _contrast(a, b)
     if found is None:
         return Missing(f"fewer than {MIN_LAYERS} layers of one model have rotary coherence, or all are alike")
@@ -125,6 +127,12 @@ def _comparable(a: TowerFingerprint, b: TowerFingerprint) -> bool:
     return pairs_a is not None and (a.head_dim, pairs_a) == (b.head_dim, pairs_b)
 
 
+def _entries(tower: TowerFingerprint) -> int:
+    """How many entries a layer has: without those of queries with keys where these read different spaces."""
+    vectors = tower.circuit("coherence")
+    return 0 if vectors is None else vectors.shape[1]
+
+
 def _contrast(a: TowerFingerprint, b: TowerFingerprint) -> _Contrast | None:
     vectors_a, vectors_b = a.circuit("coherence"), b.circuit("coherence")
     if vectors_a is None or vectors_b is None:
@@ -150,7 +158,7 @@ class _Contrast(NamedTuple):
 def _among(excess: float, null: list[float]) -> tuple[float, str]:
     """p among strangers, and its basis: conformal, or below what that can show a t prediction."""
     p = (1 + sum(each >= excess for each in null)) / (1 + len(null))
-    if max(null) < excess and len(null) >= MIN_PARAMETRIC:
+    if min(null) < max(null) < excess and len(null) >= MIN_PARAMETRIC:
         predicted = predicted_p(excess, null)
         if predicted < p:
             return predicted, "approximate"

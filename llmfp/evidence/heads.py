@@ -32,7 +32,7 @@ class Heads:
     """Outcome of the test.
 
     z             T over its standard deviation among the permutations drawn; for display
-    p_value       (1 + #) / (1 + permutations)
+    p_value       (1 + #) / (1 + permutations), at least smallest_p
     smallest_p    the least that p_value can be: of the permutations drawn, or of all there are
     layers        layer pairs compared
     blocks        what the vectors hold: norms, and coherence or spectra
@@ -72,8 +72,9 @@ def head_symmetry(
             return Missing(f"the {name} fingerprint holds no circuits of heads: it comes from a plain scan")
         if tower.indexed_heads:
             return Missing(f"heads of the {name} model differ by design, so their order carries meaning")
-    if (a.heads, a.kv_heads) != (b.heads, b.kv_heads) or a.heads is None or a.kv_heads is None:
-        return Missing(f"head counts differ: {a.heads} of {a.kv_heads} groups and {b.heads} of {b.kv_heads}")
+    groups = _groups(a)
+    if (a.heads, groups) != (b.heads, _groups(b)) or a.heads is None or groups is None:
+        return Missing(f"head counts differ: {a.heads} of {groups} groups and {b.heads} of {_groups(b)}")
     found = [(name, _block(a, name), _block(b, name)) for name in BLOCKS]
     shared = [(name, x, y) for name, x, y in found if x is not None and y is not None and x.shape[2] == y.shape[2]]
     if not shared:
@@ -83,7 +84,7 @@ def head_symmetry(
     both = [(vectors_a[i], vectors_b[j]) for i, j in pairs if vectors_a[i].any() and vectors_b[j].any()]
     if not both:
         return Missing("no pair of layers has circuits in both models")
-    draw = _group_permutations(a.heads, a.kv_heads)
+    draw = _group_permutations(a.heads, groups)
     rng = np.random.default_rng(seed)
     structure = tuple(_neighbours_p([pair[side] for pair in both], draw, rng) for side in (0, 1))
     if max(structure) <= STRUCTURE_LEVEL:
@@ -93,21 +94,27 @@ def head_symmetry(
         )
     products = [x @ y.T for x, y in both]
     totals = permuted(products, matched, max(permutations, _FOR_DEVIATION), rng, draw)
-    group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    log_group = len(products) * (math.lgamma(groups + 1) + groups * math.lgamma(a.heads // groups + 1))
+    smallest_p = max(1 / (1 + permutations), math.exp(-log_group))
     deviation = float(totals[1:].std())
     if not deviation:
         return Missing("the heads of the two models differ in no common layer")
     return Heads(
         z=float((totals[0] - totals[1:].mean()) / deviation),
-        p_value=upper_p(totals[: 1 + permutations], total_scale(products)),
-        smallest_p=max(1 / (1 + permutations), math.exp(-group)),
+        p_value=max(upper_p(totals[: 1 + permutations], total_scale(products)), smallest_p),
+        smallest_p=smallest_p,
         permutations=permutations,
         layers=len(both),
         heads=a.heads,
-        kv_heads=a.kv_heads,
+        kv_heads=groups,
         blocks=tuple(name for name, _, _ in shared),
         structure=(structure[0], structure[1]),
     )
+
+
+def _groups(tower: TowerFingerprint) -> int | None:
+    """Kv heads; in latent attention, which has none, every head makes keys and values of its own."""
+    return tower.heads if tower.kv_heads is None else tower.kv_heads
 
 
 def _block(tower: TowerFingerprint, name: str) -> Floats | None:

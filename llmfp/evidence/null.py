@@ -99,9 +99,12 @@ def _fingerprints(folder: Path) -> tuple[NullModel, ...]:
     files_ = sorted(folder.rglob(f"*{SUFFIX}"))
     if not files_:
         raise LlmfpError(f"{folder}: no fingerprints (*{SUFFIX}) in it", hint="llmfp-fast scan SOURCE --out makes one")
-    models = []
+    models: list[NullModel] = []
+    seen: dict[str, Path] = {}
     for file in files_:
         found = load_fingerprint(file)
+        if (other := seen.setdefault(found.digest, file)) != file:
+            raise LlmfpError(f"{file}: the same weights as {other}", hint="keep one fingerprint of every family")
         name = main_tower(found.towers)
         tower = found.towers[name]
         models.append(NullModel(found.source["name"], str(file), kind(found, name), None, tower.std, tower))

@@ -33,6 +33,8 @@ class Reader(Protocol):
     """Aimed size of one read."""
     extra_bytes: int
     """Resident bytes that one read can cost beyond its own."""
+    block_bytes: int
+    """Least size of a read that a sample is worth."""
     min_threads: int
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
 

@@ -40,6 +40,7 @@ class HttpReader:
     name = "http"
     step_bytes = FETCH_BYTES
     extra_bytes = FETCH_BYTES  # fetched ahead, per thread
+    block_bytes = 256 << 10
     min_threads = 4
 
     def __init__(self, shards: Sequence[Shard], client: Client) -> None:

@@ -24,6 +24,7 @@ class MmapReader:
     name = "mmap"
     step_bytes = 8 << 20
     extra_bytes = 4 << 20  # 2 MiB mapped along with either end
+    block_bytes = 1
     min_threads = 1
 
     @staticmethod

@@ -22,6 +22,7 @@ class PreadReader:
     name = "pread"
     step_bytes = 2 << 20
     extra_bytes = 0
+    block_bytes = 1
     min_threads = 4
 
     def __init__(self, shards: Sequence[Shard]) -> None:
