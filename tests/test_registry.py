@@ -102,6 +102,13 @@ def test_a_key_keeps_its_numbers(where: str, fingerprint: Fingerprint) -> None:
     assert len(keys(registry)) == 1
 
 
+def test_a_sample_is_not_kept(where: str, fingerprint: Fingerprint) -> None:
+    registry = Registry.open(where, create=True)
+    with pytest.raises(RegistryError, match="org/a: rests on a sample"):
+        registry.add([(replace(fingerprint, sample={"share": 0.1}), Origin("org/a", COMMIT))])
+    assert keys(registry) == []
+
+
 def test_removed_is_gone_and_may_come_back(where: str, fingerprint: Fingerprint) -> None:
     registry = Registry.open(where, create=True)
     for revision in ("aa", "ab", "b"):

@@ -145,11 +145,16 @@ class Registry:
     def add(self, added: Iterable[tuple[Fingerprint, Origin]]) -> list[dict[str, Any]]:
         """Keeps fingerprints; returns their rows. What is there already, under the same key, stays as it is.
 
-        Raises RegistryError for a key that holds other numbers, and whatever the store does not let it write.
+        Raises RegistryError for a key that holds other numbers, for samples, and whatever the store does not let it write.
         """
         rows = []
         for fingerprint, origin in added:
             origin = _checked(origin)
+            if fingerprint.sample is not None:
+                raise RegistryError(
+                    f"{origin.repo}: rests on a sample, and a registry keeps what whole scans found",
+                    hint="scan it without --sample",
+                )
             held = self._held(origin)
             if held is None:
                 content, entry = fingerprint.to_bytes(), uuid.uuid4().hex
