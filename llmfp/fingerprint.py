@@ -209,12 +209,16 @@ class Fingerprint:
             "sample": None if self.sample is None else dict(self.sample),
         } | ({} if self.sample is None else {"interval": main.interval})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
         from safetensors.numpy import save
 
         metadata = {"llmfp.schema": SCHEMA, "llmfp": json.dumps(self.to_json(), allow_nan=False)}
-        write_whole(Path(path), save(_arrays(self.towers), metadata))
+        return save(_arrays(self.towers), metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+        write_whole(Path(path), self.to_bytes())
 
 
 def write_whole(path: Path, content: bytes) -> None:
