@@ -10,11 +10,18 @@ import click
 
 from llmfp import api
 from llmfp.checkpoint.adapter import is_adapter
-from llmfp.cli.options import debug_option, deep_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import (
+    debug_option,
+    deep_option,
+    json_option,
+    reading_options,
+    report_option,
+    verbose_option,
+)
 from llmfp.cli.progress import ProgressBar
-from llmfp.fingerprint import Fingerprint
+from llmfp.fingerprint import Fingerprint, write_whole
 from llmfp.plan import Plan
-from llmfp.report import terminal
+from llmfp.report import printable, terminal
 
 EXPECTED = {"related": "related", "none": "none_detected"}
 
@@ -44,6 +51,7 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
 @deep_option(True, "Look at what heads compute; without it only profile and residual test are left.")
+@report_option
 @json_option
 @reading_options
 @verbose_option
@@ -52,6 +60,7 @@ def command(
     a: Path,
     b: Path,
     expect: str | None,
+    report: Path | None,
     as_json: bool,
     verbose: bool,
     tower: str | None,
@@ -69,12 +78,18 @@ def command(
         raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
     reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
+    if report is not None:
+        from llmfp.report import page
+
+        write_whole(report, page.comparison(found.to_json()).encode())
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
     else:
         from llmfp.report.comparison import comparison_page
 
         click.echo(comparison_page(found))
+        if report is not None:
+            click.echo(f"\nreport in {printable(str(report))} ({report.stat().st_size:,} bytes)")
     if expect is None or found.verdict == EXPECTED[expect]:
         return 0
     click.echo(f"expected {EXPECTED[expect]}, found {found.verdict}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,33 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+
+
+def _page(_context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """A page that can be made and written: asked before the work, not after it."""
+    if value is not None:
+        from llmfp.report import page
+
+        check_writable(value, f"--{option.name}")
+        page.ready()
+    return value
+
+
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_page,
+    metavar="FILE.html",
+    help="Write a page that stands alone, for people who were not there.",
+)
+
+
+def check_writable(out: Path, hint: str) -> None:
+    """Fails before the work, not after it."""
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is not a directory", param_hint=hint)
+    if not os.access(out.parent, os.W_OK):
+        raise click.BadParameter(f"{out.parent} is not writable", param_hint=hint)
 
 
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from llmfp import __version__
 from llmfp.errors import LlmfpError
 from llmfp.evidence import null as nulls
 from llmfp.evidence.alignment import align, layer_vectors, similarity
@@ -34,7 +35,11 @@ MISSED = (
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two models, as far as the comparison speaks of it."""
+    """One of the two models, as far as the comparison speaks of it.
+
+    std          σ by role, a number for each of layer_numbers; None where a layer has none
+    source, run  where the fingerprint comes from, and what made it, as in its own JSON
+    """
 
     name: str
     architecture: str
@@ -42,6 +47,10 @@ class Side:
     layers: int
     hidden_size: int
     digest: str
+    layer_numbers: tuple[int, ...]
+    std: Mapping[str, Sequence[float | None]]
+    source: Mapping[str, Any]
+    run: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +65,8 @@ class Comparison:
     a: Side
     b: Side
     alpha: float
+    permutations: int
+    seed: int
     decision: Verdict
     profile: Profile
     null: nulls.Place | None
@@ -89,6 +100,9 @@ class Comparison:
             "p_value": self.p_value,
             "basis": self.basis,
             "alpha": self.alpha,
+            "permutations": self.permutations,
+            "seed": self.seed,
+            "versions": {"llmfp": __version__},
             "rests_on": list(self.decision.rests_on),
             "a": asdict(self.a),
             "b": asdict(self.b),
@@ -146,6 +160,8 @@ def compare(
         a=sides[0],
         b=sides[1],
         alpha=alpha,
+        permutations=permutations,
+        seed=seed,
         decision=decision,
         profile=scores,
         null=None if isinstance(place, Missing) else place,
@@ -171,7 +187,7 @@ def _tower(fingerprint: Fingerprint, wanted: str | None) -> tuple[str, TowerFing
 def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:
     return Side(
         fingerprint.source["name"], fingerprint.architecture, name, len(tower.layers), tower.hidden_size,
-        fingerprint.digest,
+        fingerprint.digest, tower.layers, tower.std, fingerprint.source, fingerprint.run,
     )  # fmt: skip
 
 
@@ -281,4 +297,5 @@ def _null_json(place: nulls.Place | None) -> dict[str, Any] | None:
     return {
         "n": place.n, "percentile": place.percentile, "p_value": place.p_value, "kind": place.kind,
         "families": list(place.families), "everywhere": everywhere,
+        "strangers": [asdict(each) for each in place.strangers],
     }  # fmt: skip
