@@ -14,6 +14,7 @@ from llmfp.cli.options import (
     debug_option,
     deep_option,
     json_option,
+    plain_option,
     reading_options,
     report_option,
     verbose_option,
@@ -21,7 +22,7 @@ from llmfp.cli.options import (
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import Fingerprint, write_whole
 from llmfp.plan import Plan
-from llmfp.report import printable, terminal
+from llmfp.report import printable, tables, terminal
 
 EXPECTED = {"related": "related", "none": "none_detected"}
 
@@ -52,6 +53,7 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
 @deep_option(True, "Look at what heads compute; without it only profile and residual test are left.")
 @report_option
+@plain_option
 @json_option
 @reading_options
 @verbose_option
@@ -61,6 +63,7 @@ def command(
     b: Path,
     expect: str | None,
     report: Path | None,
+    plain: bool,
     as_json: bool,
     verbose: bool,
     tower: str | None,
@@ -84,6 +87,8 @@ def command(
         write_whole(report, page.comparison(found.to_json()).encode())
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    elif plain:
+        click.echo(tables.plain(tables.tests(found.to_json())))
     else:
         from llmfp.report.comparison import comparison_page
 

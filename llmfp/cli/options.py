@@ -25,6 +25,9 @@ def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+plain_option = click.option(
+    "--plain", is_flag=True, help="Print lines of fields with a tab between, numbers in full, for pipes."
+)
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )

@@ -14,6 +14,7 @@ from llmfp.cli.options import (
     debug_option,
     deep_option,
     json_option,
+    plain_option,
     reading_options,
     report_option,
     verbose_option,
@@ -29,6 +30,7 @@ from llmfp.report import printable, terminal
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Keep the fingerprint, as *{SUFFIX}.")
 @deep_option(None, "Look at what heads compute, as comparisons need; default: where the fingerprint is kept.")
 @report_option
+@plain_option
 @json_option
 @reading_options
 @verbose_option
@@ -38,6 +40,7 @@ def command(
     out: Path | None,
     deep: bool | None,
     report: Path | None,
+    plain: bool,
     as_json: bool,
     verbose: bool,
     **reading: Any,
@@ -60,6 +63,11 @@ def command(
         write_whole(report, page.fingerprint(fingerprint.to_json()).encode())
     if as_json:
         click.echo(json.dumps(fingerprint.to_json(), indent=2, allow_nan=False))
+        return
+    if plain:
+        from llmfp.report import tables
+
+        click.echo(tables.plain(tables.statistics(fingerprint)))
         return
     click.echo(terminal.fingerprint_table(fingerprint))
     if out is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmfp import __version__
 from llmfp.errors import LlmfpError
@@ -16,6 +16,11 @@ from llmfp.evidence.profile import BINS, Profile, profile
 from llmfp.evidence.residual import STRUCTURE_LEVEL, LayerMap, Residual, relative_layer_map, residual_symmetry
 from llmfp.evidence.verdict import Missing, Outcome, Verdict, decide, same_weights
 from llmfp.fingerprint import Fingerprint, TowerFingerprint, kind, main_tower
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
 
 SCHEMA = "llmfp.comparison/1"
 TESTS = ("residual", "heads", "coherence", "profile")
@@ -114,6 +119,30 @@ class Comparison:
             "missed": list(self.missed),
             "caveats": list(self.caveats),
         }
+
+    def plot(self) -> Figure:
+        """A Matplotlib figure of both models' σ and of every test. Raises LlmfpError where Matplotlib is missing."""
+        from llmfp.report import figures
+
+        return figures.of_comparison(self.to_json())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per test (report.tables.tests). Raises LlmfpError without pandas."""
+        from llmfp.report import tables
+
+        return tables.to_pandas(tables.tests(self.to_json()))
+
+    def to_arrow(self) -> pa.Table:
+        """The same rows for Arrow. Raises LlmfpError without pyarrow."""
+        from llmfp.report import tables
+
+        return tables.to_arrow(tables.tests(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        from llmfp.report import page
+
+        found = self.to_json()
+        return page.fragment("notebook_comparison.html.jinja", found, tests=page.tests(found))
 
 
 def compare(

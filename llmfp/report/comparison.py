@@ -5,9 +5,11 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from llmfp.architecture.specs import ROLES
 from llmfp.evidence.comparison import Comparison, Side
 from llmfp.evidence.null import Place
 from llmfp.report import printable, words
+from llmfp.report.terminal import sparkline
 
 _WIDTH = 80
 _COLUMNS = ("q", "k", "v", "o", "mean")
@@ -17,7 +19,7 @@ def comparison_page(found: Comparison) -> str:
     """All of a comparison for a terminal of 80 columns."""
     lines = [*_wrapped(words.verdict(found.to_json())), "", *_side("A", found.a), *_side("B", found.b), ""]
     lines += [*_tests(found), ""]
-    lines += [*_scores(found), ""]
+    lines += [*_curves(found), *_scores(found), ""]
     for missed in found.missed:
         lines += _wrapped(missed, "would have escaped: ")
     for caveat in found.caveats:
@@ -63,6 +65,15 @@ def _tests(found: Comparison) -> Iterator[str]:
 def _has(found: Comparison, name: str) -> bool:
     made = {"residual": found.residual, "heads": found.heads, "coherence": found.coherence, "profile": found.null}
     return made[name] is not None
+
+
+def _curves(found: Comparison) -> Iterator[str]:
+    """σ over layers of both models, each role from its lowest to its highest."""
+    for role in map(str, ROLES):
+        for letter, side in (("A", found.a), ("B", found.b)):
+            if any(std is not None for std in side.std[role]):
+                yield f"{f'σ {role.upper()} of {letter}':<18} {sparkline(side.std[role], _WIDTH - 19)}"
+    yield ""
 
 
 def _scores(found: Comparison) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmfp.architecture.specs import ROLES
 from llmfp.errors import LlmfpError
-from llmfp.report import charts, words
+from llmfp.report import charts, tables, words
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -98,36 +98,10 @@ def fragment(template: str, found: Json, **more: Any) -> str:
 
 
 def tests(found: Json) -> list[dict[str, Any]]:
-    """Every test of a comparison with its numbers, and why one was not made or does not count."""
-    rows = []
-    for name, title in words.TITLES.items():
-        if name == "digest":
-            continue
-        made = found["profile"]["null"] if name == "profile" else found[name]
-        rows.append(
-            {
-                "test": name,
-                "title": title,
-                "score": _score(name, found, made),
-                "z": None if made is None else made.get("z"),
-                "p_value": None if made is None else made["p_value"],
-                "basis": None if made is None else _basis(name, made),
-                "decided": name in found["rests_on"],
-                "reason": found["lost"].get(name),
-            }
-        )
-    return rows
-
-
-def _score(name: str, found: Json, made: Json | None) -> float | None:
-    if name == "profile":
-        score: float | None = found["profile"]["pearson"]["mean"]
-        return score
-    return None if made is None else made.get("score")
-
-
-def _basis(name: str, made: Json) -> str:
-    return {"residual": "exact", "heads": "exact", "profile": "conformal"}.get(name) or str(made["basis"])
+    """The rows of `tables.tests`, each with its test's title."""
+    columns = tables.tests(found)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [{**row, "title": words.TITLES[row["test"]]} for row in rows]
 
 
 # --- figures
