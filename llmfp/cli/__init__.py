@@ -8,7 +8,7 @@ import click
 
 import llmfp
 
-COMMANDS = ("scan", "plan", "show", "compare", "backends")
+COMMANDS = ("scan", "plan", "show", "compare", "attest", "backends")
 
 
 class LazyGroup(click.Group):
