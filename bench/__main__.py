@@ -1,4 +1,4 @@
-"""`python -m bench [kernels] [encodings] [readers] [scan] [pytest options]`: measures, prints and keeps the results."""
+"""`python -m bench [kernels] [encodings] [readers] [scan] [deep] [pytest options]`: measures, prints, keeps results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from bench.report import report
 
-SUITES = ("kernels", "encodings", "readers", "scan")
+SUITES = ("kernels", "encodings", "readers", "scan", "deep")
 
 
 def main(arguments: list[str]) -> int:

@@ -152,7 +152,8 @@ class Reference:
         if chunk.row_weight is not None:
             values = values * np.frombuffer(chunk.row_weight, np.float32)[:, None]
         with np.errstate(over="ignore"):
-            np.frombuffer(out, np.float32)[:] = np.where(np.isfinite(values), values, np.nan).ravel()
+            single = values.astype(np.float32)
+        np.frombuffer(out, np.float32)[:] = np.where(np.isfinite(single), single, np.nan).ravel()
 
     def merge(self, parts: Sequence[Marginals]) -> Marginals:
         counts = [n for part in parts for n in part.counts]

@@ -174,7 +174,7 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
             {role: tuple(column) for role, column in columns.items()},
             tower.rotary,
             tower.indexed_heads,
-            tuple(result.circuits.get((tower.name, layer)) for layer in layers) if plan.circuits else None,
+            tuple(result.circuits.get((tower.name, layer)) for layer in layers) if plan.deep else None,
         )
     checkpoint = plan.checkpoint
     return Fingerprint(

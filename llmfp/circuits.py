@@ -247,11 +247,10 @@ class LayerGrams:
         self._keys.clear()
         q, k = self._parts[Role.Q], self._parts[Role.K]
         qk = self._qk
-        if self.heads.projections[Role.Q].centred and q.sums is not None and k.sums is not None:
-            group = self.heads.heads // self.heads.kv_heads
-            keys = k.sums.repeat(group, axis=0)
+        if q.centred:
+            keys = k.sums.repeat(self.heads.heads // self.heads.kv_heads, axis=0)
             qk = qk - q.sums[:, :, None] * keys[:, None, :] / self.heads.projections[Role.Q].view.inputs
-        grams = {role: part.gram(self.heads.projections[role].centred) for role, part in self._parts.items()}
+        grams = {role: part.gram() for role, part in self._parts.items()}
         return Grams(grams[Role.Q], grams[Role.K], qk, grams.get(Role.V), grams.get(Role.O))
 
     def _add_rows(self, role: Role, row: int, chunk: Chunk) -> None:
@@ -295,11 +294,13 @@ class LayerGrams:
             if role is Role.Q:
                 beside = self._key_rows(row + first, rows) if keys is None else self._expand(keys, first, rows)
                 cross = _head_products(values, beside, part.heads, self.heads.kv_heads)
-            shares.append((products, values.sum(axis=0, dtype=np.float64).reshape(part.heads, -1), cross))
+            sums = values.sum(axis=0, dtype=np.float64).reshape(part.heads, -1) if part.centred else None
+            shares.append((products, sums, cross))
         with self._lock:
             for products, sums, cross in part.in_order(position, shares):
                 part.products += products
-                part.sums = sums if part.sums is None else part.sums + sums
+                if sums is not None:
+                    part.sums += sums
                 if cross is not None:
                     self._qk += cross
 
@@ -338,15 +339,16 @@ def first_stored_row(chunk: Chunk, row: int) -> int:
 
 
 class _Part:
-    """One projection's products: a Gram matrix per head, and, along stored columns, the sums of each column."""
+    """One projection's products: a Gram matrix per head, and, where stored columns are centred, the sum of each."""
 
     def __init__(self, heads: LayerHeads, role: Role) -> None:
         self.heads = heads.heads if role in (Role.Q, Role.O) else heads.kv_heads
         self.size = heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
         projection = heads.projections[role]
-        self.residual_size = projection.residual_size or 0
+        self._residual_size = projection.residual_size or 0
         self.products = np.zeros((self.heads, self.size, self.size))
-        self.sums: Float64 | None = None
+        self.centred = projection.centred and projection.residual_is_stored_rows
+        self.sums = np.zeros((self.heads, self.size))
         self._next = 0
         self._waiting: dict[int, Sequence[_Share]] = {}
 
@@ -357,14 +359,14 @@ class _Part:
             yield from ready
             self._next += 1
 
-    def gram(self, centred: bool) -> Float64:
-        if centred and self.sums is not None:
-            return self.products - self.sums[:, :, None] * self.sums[:, None, :] / self.residual_size
-        return self.products
+    def gram(self) -> Float64:
+        if not self.centred:
+            return self.products
+        return self.products - self.sums[:, :, None] * self.sums[:, None, :] / self._residual_size
 
 
-_Share = tuple[Float32, Float64, Float32 | None]
-"""What a unit of rows adds: products and sums of columns per head, and for Q the products with K."""
+_Share = tuple[Float32, Float64 | None, Float32 | None]
+"""What a unit of rows adds: products per head, sums of columns where these are centred, and for Q products with K."""
 
 
 @dataclass(slots=True)

@@ -128,7 +128,7 @@ class _Scan:
         self._decoders: dict[TensorSpec, _Decoder] = {}
         self._decoder_lock = threading.Lock()
         self._tasks_left = Counter(task.tensor for task in plan.tasks)
-        self._caveats: dict[str, None] = {}
+        self._caveats: dict[str, None] = dict.fromkeys(_indistinct(plan))
         self._statistics: dict[tuple[str, int, str], Statistics] = {}
         self._vectors: dict[TensorSpec, list[tuple[str, Vector]]] = {}
         for tower in plan.attention.towers:
@@ -552,6 +552,19 @@ class _Ledger:
 
     def digest(self) -> str:
         return self._hash.hexdigest()
+
+
+def _indistinct(plan: Plan) -> list[str]:
+    """What a deep scan cannot look into."""
+    if not plan.deep:
+        return []
+    known = Counter(tower for tower, _ in plan.circuits)
+    towers = [(tower.name, len(tower.layers) - known[tower.name]) for tower in plan.attention.towers]
+    return [
+        f"in {count} {name} layers heads cannot be told apart, so nothing is kept of their circuits"
+        for name, count in towers
+        if count
+    ]
 
 
 def _unusable(statistics: Statistics) -> str:

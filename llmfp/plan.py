@@ -97,7 +97,7 @@ class Step:
 class Plan:
     """Everything a scan will do. `memory_bytes` is the budget, `needed_bytes` what the plan will use of it at most.
 
-    circuits: by tower and layer, the heads whose circuits a deep scan looks at; empty in a plain one.
+    deep: whether heads are looked at as well; circuits: by tower and layer, those that can be told apart.
     """
 
     checkpoint: Checkpoint
@@ -107,6 +107,7 @@ class Plan:
     threads: int
     memory_bytes: int
     needed_bytes: int
+    deep: bool
     circuits: Mapping[tuple[str, int], LayerHeads]
 
     @property
@@ -194,7 +195,7 @@ class Plan:
             "bytes_read": self.total_bytes,
             "bytes_total": sum(shard.nbytes for shard in shards),
             "requests": len(self.steps),
-            "deep": bool(self.circuits),
+            "deep": self.deep,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,
@@ -253,7 +254,7 @@ def make_plan(
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
-    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, circuits)
+    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, deep, circuits)
 
 
 def parse_size(text: str) -> int:

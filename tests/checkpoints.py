@@ -612,13 +612,15 @@ VISION_LAYOUTS: dict[str, list[Layout]] = {
 class Model:
     """A checkpoint's content and, beside it, what each projection is: the W [out, in] that was drawn for it.
 
-    By (tower, layer, role): `profiles` where the residual stream is read or written, `head_sizes` where heads are
-    known, and as many `vectors` as there are biases and gains.
+    By (tower, layer, role): `effective` weights as rows along the residual stream, and `profiles`, log RMS of each of
+    its coordinates, where it is read or written; `head_sizes` where heads are known, and as many `vectors` as there are
+    biases and gains.
     """
 
     tensors: dict[str, NDArray[Any] | Stored] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     weights: dict[tuple[str, int, str], NDArray[np.float64]] = field(default_factory=dict)
+    effective: dict[tuple[str, int, str], NDArray[np.float64]] = field(default_factory=dict)
     profiles: dict[tuple[str, int, str], NDArray[np.float64]] = field(default_factory=dict)
     head_sizes: dict[tuple[str, int, str], int] = field(default_factory=dict)
     vectors: dict[tuple[str, int, str], NDArray[np.float64]] = field(default_factory=dict)
@@ -694,7 +696,8 @@ def _add_layer(model: Model, layout: Layout, layer: int, kv_heads: int, rng: np.
         key = layout.tower, layer, role
         model.weights[key] = weights.astype(np.float64)
         if role not in ("q_b", "kv_b", "o_a"):
-            model.profiles[key] = residual_profile(model.weights[key], role, layout, gains)
+            model.effective[key] = along_residual(model.weights[key], role, layout, gains)
+            model.profiles[key] = 0.5 * np.log(np.square(model.effective[key]).mean(axis=0))
         if role in head_sizes:
             model.head_sizes[key] = head_sizes[role]
     if layout.qkv:
@@ -757,21 +760,21 @@ def _latent_shapes(
     return {role: shapes[role] for role in layout.factors}, sizes
 
 
-def residual_profile(
+def along_residual(
     weights: NDArray[np.float64], role: str, layout: Layout, gains: Mapping[str, NDArray[np.float32]]
 ) -> NDArray[np.float64]:
-    """log RMS along each residual coordinate of Ŵ = W·diag(g)·J, Ô = J·diag(g_post)·O (EVIDENCE.md, reads and writes).
+    """Rows along the residual stream of Ŵ = W·diag(g)·J, Ô = J·diag(g_post)·O (EVIDENCE.md, reads and writes): Ŵ or Ôᵀ.
 
     J removes the mean over the residual coordinates, where the norm that reads them is a LayerNorm.
     """
     writes = role in ("o", "o_b")
-    along_residual = weights.T if writes else weights
+    rows = weights.T if writes else weights
     gain = gains.get("after" if writes else "before")
     if gain is not None:
-        along_residual = along_residual * gain.astype(np.float64)
+        rows = rows * gain.astype(np.float64)
     if layout.norm == "layer" and not (layout.post and not writes):
-        along_residual = along_residual - along_residual.mean(axis=1, keepdims=True)
-    return 0.5 * np.log(np.square(along_residual).mean(axis=0))
+        rows = rows - rows.mean(axis=1, keepdims=True)
+    return rows
 
 
 def _noise(rng: np.random.Generator, *shape: int) -> NDArray[np.float32]:

@@ -119,6 +119,21 @@ def test_every_coding_is_reduced_as_it_is_defined(name: str, kind: str, backend:
         assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
 
 
+@pytest.mark.parametrize("kind", ["plain", "by column", "by row"])
+@pytest.mark.parametrize("name", CODINGS)
+def test_every_coding_expands_to_its_numbers_times_the_weights(name: str, kind: str, backend: Backend) -> None:
+    for rows, cols, first_row, first_col in ((96, 640, 0, 0), (33, 530, 32, 64), (1, 37, 64, 16)):
+        chunk = chunk_of(CODINGS[name], rows, cols, first_row, first_col, **weights_for(kind, rows, cols))
+        expected = decode(chunk)
+        for weight, shape in ((chunk.col_weight, (1, -1)), (chunk.row_weight, (-1, 1))):
+            if weight is not None:
+                expected = expected * np.frombuffer(weight, np.float32).reshape(shape)
+        out = np.full((rows, cols), np.inf, np.float32)
+        backend.expand(chunk, out.data.cast("B"))
+        expected = np.where(np.isfinite(expected), expected, np.nan)
+        np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * float(np.nanmax(np.abs(expected))))
+
+
 def test_codes_lie_where_the_formats_say() -> None:
     """Built up bit by bit, in the words of Coding."""
     one = {"scale": np.ones(1, np.float32).tobytes(), "row_block": 999, "col_block": 999}

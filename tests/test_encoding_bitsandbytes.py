@@ -19,16 +19,12 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.checkpoints import Stored
+from tests.packing import FP4, NF4, text
 from tests.quantised import DECODING, ROLES, check_statistics, decoded, error_of, plan_of, write_quantised
 from tests.test_encoding_gptq import from_bf16
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 Q = "model.layers.0.self_attn.q_proj"
-NF4 = np.array([
-    -1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0,
-    0.0795803, 0.1609302, 0.24611229, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
-], np.float32)  # fmt: skip
-FP4 = np.float32([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / np.float32(12)
 INPUTS, OUTPUTS = 48, 40
 
 
@@ -40,9 +36,8 @@ class Case:
     dense: NDArray[np.float64]
 
 
-def text(said: dict[str, Any] | bytes) -> NDArray[np.uint8]:
-    content = said if isinstance(said, bytes) else json.dumps(said).encode()
-    return np.frombuffer(content, np.uint8)
+def as_json(said: dict[str, Any] | bytes) -> NDArray[np.uint8]:
+    return text(said if isinstance(said, bytes) else json.dumps(said))
 
 
 def four_bits(
@@ -73,7 +68,7 @@ def four_bits(
         "weight": Stored(storage, (len(pairs) // itemsize, 1), pairs.tobytes()),
         "weight.absmax": absmax,
         "weight.quant_map": table,
-        f"weight.quant_state.bitsandbytes__{kind}": text(said),
+        f"weight.quant_state.bitsandbytes__{kind}": as_json(said),
         **nested_fields,
     }
     dense = table[codes].astype(np.float64) * scale[np.arange(rows * cols) // block]
@@ -147,7 +142,7 @@ def test_slices_of_four_bits(
         said |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset}
         fields |= {"weight.nested_absmax": outer.view("<f4"), "weight.nested_quant_map": table2.view("<f4")}
         scale = table2.view("<f4").astype(np.float64)[absmax] * outer.view("<f4")[0] + offset
-    fields |= {"weight.absmax": absmax if len(outer) else absmax.view("<f4"), STATE: text(said)}
+    fields |= {"weight.absmax": absmax if len(outer) else absmax.view("<f4"), STATE: as_json(said)}
     codes = np.stack([weight >> 4, weight & 15], axis=1).reshape(-1)
     dense = (table.view("<f4")[codes].astype(np.float64) * scale.repeat(block)).reshape(shape)
     folder = write_quantised(tmp_path, dict.fromkeys("qkv", fields), heads=shape[0])
@@ -214,7 +209,7 @@ STATES: dict[str, tuple[dict[str, Any] | bytes, str]] = {
 def test_a_hostile_state_is_refused_by_name(case: str, tmp_path: Path) -> None:
     said, message = STATES[case]
     cases = layer(four_bits)
-    cases["q"].fields[STATE] = text(said)
+    cases["q"].fields[STATE] = as_json(said)
     found = error_of(write(tmp_path, cases))
     assert f"'{Q}.weight" in found
     assert message in found
@@ -226,7 +221,7 @@ TENSORS: dict[str, tuple[Callable[[], dict[str, Case]], Changed, str]] = {
     "no state": (FOUR, {STATE: None}, rf"'{Q}.weight' is U8; {Q}.weight.absmax needs one .*, not 0$"),
     "two states": (
         FOUR,
-        {"weight.quant_state.bitsandbytes__fp4": text(SAID)},
+        {"weight.quant_state.bitsandbytes__fp4": as_json(SAID)},
         rf"'{Q}.weight' is U8; {Q}.weight.absmax needs one weight.quant_state.*, not 2$",
     ),
     "no scales": (FOUR, {"weight.absmax": None}, rf"'{Q}.weight' is quant.* {Q}.weight.absmax is miss"),

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 import llmfp
 from tests.checkpoints import Stored, as_bf16, bf16, write_model
+from tests.packing import AWQ_PLACES, packed, packed_awq
 from tests.quantised import DECODING, ROLES, check_statistics, decoded, error_of, plan_of, write_quantised
 
 INPUTS, OUTPUTS = 96, 64
-AWQ_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight columns each half byte of a word holds, from the least significant up."""
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -31,20 +30,6 @@ class Case:
 
     fields: dict[str, NDArray[Any] | Stored]
     dense: NDArray[np.float64]
-
-
-def packed(codes: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
-    """Codes [n, m] down their columns, each as one run of bits, in words [ceil(n * bits / 32), m]; bit by bit."""
-    words = np.zeros((-(-len(codes) * bits // 32), codes.shape[1]), np.uint32)
-    for place in range(len(codes) * bits):
-        bit = codes[place // bits] >> (place % bits) & 1
-        words[place // 32] |= (bit << (place % 32)).astype(np.uint32)
-    return words.view(np.int32)
-
-
-def packed_awq(codes: NDArray[np.int64]) -> NDArray[np.int32]:
-    by_word = codes.reshape(len(codes), -1, 8)[..., AWQ_PLACES]
-    return (by_word << np.arange(0, 32, 4)).sum(axis=2).astype(np.uint32).view(np.int32)
 
 
 def gptq(

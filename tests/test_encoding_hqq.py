@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.checkpoints import Stored, as_bf16, bf16
+from tests.packing import planes, text
 from tests.quantised import DECODING, ROLES, check_statistics, decoded, error_of, plan_of, write_quantised
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -27,10 +28,6 @@ class Case:
 
     fields: dict[str, NDArray[Any] | Stored]
     dense: NDArray[np.float64]
-
-
-def text(characters: str) -> NDArray[np.uint8]:
-    return np.frombuffer(characters.encode(), np.uint8)
 
 
 def longs(*numbers: int) -> NDArray[np.int64]:
@@ -54,8 +51,7 @@ def hqq(
     scales, zeros = (rng.uniform(*bounds, per_group).astype(np.float32) for bounds in ((0.01, 0.1), (0, 1 << bits)))
     to = {"F16": lambda x: x.astype(np.float16), "BF16": bf16, "F32": lambda x: x}[scale]
     scales, zeros = to(scales), to(zeros)
-    parts = np.split(codes, 8 // bits)
-    content = sum(part << (8 - bits * (number + 1)) for number, part in enumerate(parts)).astype(np.uint8)
+    content = planes(codes, bits)
     itemsize = {"U8": 1, "BF16": 2, "F32": 4}[storage]
     number = {"nbits": bits, "axis": axis, "group_size": group_size}
     flags = {"view_as_float": storage != "U8", "quant_zero": 0, "quant_scale": 0, "encoded_state_dict": 1}

@@ -15,17 +15,11 @@ from numpy.typing import NDArray
 
 from llmfp.kernels.codes import E2M1, fp8_table
 from tests.checkpoints import Stored
+from tests.packing import nibbles, words
 from tests.quantised import DECODING, ROLES, check_statistics, decoded, error_of, plan_of, write_quantised
 
 HEADS, SIZE = 4, 96
 RNG = np.random.default_rng(0)
-
-
-def words(codes: NDArray[np.integer[Any]], bits: int) -> NDArray[np.uint32]:
-    """Each row's codes as one number, lowest first, in 32-bit words."""
-    count = -(-codes.shape[1] * bits // 32)
-    rows = [sum(int(code) << (bits * j) for j, code in enumerate(row)) for row in codes]
-    return np.array([[row >> (32 * n) & 0xFFFFFFFF for n in range(count)] for row in rows], np.uint32)
 
 
 def random_codes(bits: int, *shape: int) -> NDArray[np.int64]:
@@ -75,10 +69,6 @@ def test_compressed_tensors(bits: int, kind: str, backend: str, tmp_path: Path) 
     check_statistics(folder, truth, backend)
     np.testing.assert_allclose(decoded(folder, "o"), truth["o"], rtol=1e-6)
     assert all(f"{bits} bits" in read["encoding"] for read in plan_of(folder)["reads"])
-
-
-def nibbles(codes: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
 
 
 def e4m3_scales(*shape: int) -> tuple[Stored, NDArray[np.float64]]:

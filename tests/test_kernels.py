@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmfp.errors import BackendError
 from llmfp.kernels import BACKENDS, Backend, load, select
+from llmfp.kernels.reference import decode
 from llmfp.marginals import MAX_UNIT_ROWS, MIN_UNIT_ROWS, UNIT_ELEMENTS, Buffer, Chunk, Marginals, Moments, unit_rows
 
 REFERENCE = load("reference")
@@ -163,6 +164,27 @@ def test_log_rms_is_that_of_the_effective_matrix(backend: Backend, centred: bool
     got = backend.log_rms(marginals.col, 64, weight, marginals.cross, square)
     want = 0.5 * np.log(np.square(effective).mean(axis=0))
     assert np.frombuffer(got, np.float16) == pytest.approx(want, abs=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("weight", ["none", "col", "row"])
+def test_expanding_gives_every_element_times_its_weight(backend: Backend, dtype: str, weight: str) -> None:
+    """A part of a chunk whose rows lie apart; NaN where an element is not finite, and nowhere else."""
+    x = np.random.default_rng(3).normal(size=(9, 531))
+    x[4, 7], x[8, 530] = np.inf, np.nan
+    gain = {"col": np.linspace(-1, 2, 531, dtype=np.float32), "row": np.linspace(-1, 2, 9, dtype=np.float32)}
+    more = {} if weight == "none" else {f"{weight}_weight": gain[weight].tobytes()}
+    whole = chunk_of(x, dtype, **more)
+    chunk = part(whole, 2, 9)
+    values = decode(whole)[2:]
+    if weight != "none":
+        values = values * (gain["col"] if weight == "col" else gain["row"][2:, None])
+    out = np.full((7, 531), np.inf, np.float32)
+    backend.expand(chunk, out.data.cast("B"))
+    expected = np.where(np.isfinite(values), values, np.nan).astype(np.float32)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"out|size|reshape|broadcast"):
+        backend.expand(chunk, bytearray(4 * 7 * 530))
 
 
 def test_the_unit_depends_on_the_width_alone_and_suits_the_folding_block() -> None:

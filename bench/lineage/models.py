@@ -23,7 +23,8 @@ POSITIONS = 256
 Config = dict[str, Any]
 Weights = dict[str, Tensor]
 Observer = Callable[[str, Tensor], None]
-"""Called with the name of a block ("model.layers.0.self_attn") and what it reads, normed, [batch, time, hidden]."""
+"""Called with a module's name ("model.layers.0.self_attn", "….mlp", Llama's "….o_proj" and "….down_proj" too) and
+what it reads, [batch, time, n]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +162,17 @@ def _llama(model: Model, tokens: Tensor, observe: Observer) -> Tensor:
         q, k = (each * cos + _rotate_half(each) * sin for each in (q, k))
         k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        observe(f"{block}self_attn.o_proj", mixed)
         stream = stream + mixed @ weights[f"{block}self_attn.o_proj.weight"].T
         read = _rms_norm(stream, weights[f"{block}post_attention_layernorm.weight"], config)
         observe(f"{block}mlp", read)
         if config["model_type"] == "mixtral":
             stream = stream + _experts(read, model, f"{block}block_sparse_moe.")
         else:
-            stream = stream + _swiglu(
-                read, *(weights[f"{block}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
-            )
+            gate, up, down = (weights[f"{block}mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            neurons = _neurons(read, gate, up)
+            observe(f"{block}mlp.down_proj", neurons)
+            stream = stream + neurons @ down.T
     read = _rms_norm(stream, weights["model.norm.weight"], config)
     return read @ weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).T
 
@@ -219,8 +222,8 @@ def _rotate_half(heads: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def _swiglu(values: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return (functional.silu(values @ gate.T) * (values @ up.T)) @ down.T
+def _neurons(values: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return functional.silu(values @ gate.T) * (values @ up.T)
 
 
 def _experts(values: Tensor, model: Model, prefix: str) -> Tensor:
@@ -233,7 +236,7 @@ def _experts(values: Tensor, model: Model, prefix: str) -> Tensor:
     for expert in range(model.config["num_local_experts"]):
         rows, slots = (chosen == expert).nonzero(as_tuple=True)
         gate, down, up = (model.weights[f"{prefix}experts.{expert}.w{number}.weight"] for number in (1, 2, 3))
-        out = out.index_add(0, rows, _swiglu(flat[rows], gate, up, down) * best[rows, slots, None])
+        out = out.index_add(0, rows, _neurons(flat[rows], gate, up) @ down.T * best[rows, slots, None])
     return out.view_as(values)
 
 
@@ -247,4 +250,10 @@ def save(model: Model, folder: Path) -> None:
 
 
 def load(folder: Path) -> Model:
-    return Model(json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors"))
+    """What `save` wrote, or a Llama of transformers' own making; what its config leaves out is Llama's default."""
+    config = {
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 2048,
+        **json.loads((folder / "config.json").read_text()),
+    }
+    return Model(config, load_file(folder / "model.safetensors"))

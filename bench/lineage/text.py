@@ -50,7 +50,7 @@ def corpus(name: str) -> Corpus:
     total = 0
     for digest, path in by_hash:
         content = path.read_bytes()[: LIMIT // 40]  # no single file may fill the corpus
-        parts[digest[0] < 256 // 20].append(content)
+        parts[digest[-1] < 256 // 20].append(content)
         total += len(content)
         if total > LIMIT:
             break

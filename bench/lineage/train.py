@@ -1,4 +1,4 @@
-"""Training: AdamW on random windows of a corpus, everything seeded, one thread; and what a model's loss is."""
+"""Training: AdamW on random windows of a corpus, everything seeded, one thread. What a model loses and reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from bench.lineage.models import Model, Weights
 from bench.lineage.text import corpus, windows
 
 BATCH, CONTEXT = 4, 128
-VALIDATION_WINDOWS = 192
+VALIDATION_WINDOWS = 64
+CALIBRATION_WINDOWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,21 @@ def evaluate(model: Model, corpus_name: str) -> float:
     text = windows(corpus(corpus_name).validation, VALIDATION_WINDOWS, CONTEXT + 1)
     with torch.inference_mode():
         return sum(float(_loss(model, batch)) for batch in text.split(16)) * 16 / len(text)
+
+
+def second_moments(model: Model, corpus_name: str) -> Weights:
+    """E[x·xᵀ], float64, of what every observed module (models.Observer) reads on training text."""
+    moments: Weights = {}
+
+    def observe(module: str, read: Tensor) -> None:
+        flat = read.flatten(0, -2).double()
+        moments[module] = moments.get(module, torch.zeros(())) + flat.T @ flat / (CALIBRATION_WINDOWS * CONTEXT)
+
+    text = windows(corpus(corpus_name).training, CALIBRATION_WINDOWS, CONTEXT, seed=0)
+    with torch.inference_mode():
+        for batch in text.split(16):
+            models.logits(model, batch, observe)
+    return moments
 
 
 def _loss(model: Model, text: Tensor) -> Tensor:

@@ -600,11 +600,10 @@ template <class L> void expand(Job *job) {
             float *__restrict out = job->out + row * job->cols + column;
             decode<L>(*job, row, column, n, stage);
             if (gain)
-                for (size_t j = 0; j < n; j++) out[j] = stage[j] * gain[column + j];
+                for (size_t j = 0; j < n; j++) stage[j] *= gain[column + j];
             else if (job->row_weight)
-                for (size_t j = 0; j < n; j++) out[j] = stage[j] * job->row_weight[row];
-            else
-                memcpy(out, stage, 4 * n);
+                for (size_t j = 0; j < n; j++) stage[j] *= job->row_weight[row];
+            for (size_t j = 0; j < n; j++) out[j] = stage[j] - stage[j] == 0 ? stage[j] : __builtin_nanf("");
         }
 }
 

@@ -112,8 +112,8 @@ def _without_trend(vectors: Floats) -> Floats | None:
     known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if len(known) < MIN_LAYERS:
         return None
-    powers = np.vander(np.linspace(-1.0, 1.0, len(vectors))[known], _TREND_DEGREE + 1)
-    rest = vectors[known] - powers @ np.linalg.lstsq(powers, vectors[known], rcond=None)[0]
+    trends = np.linalg.qr(np.vander(np.linspace(-1.0, 1.0, len(vectors))[known], _TREND_DEGREE + 1))[0]
+    rest = vectors[known] - trends @ (trends.T @ vectors[known])
     rest -= rest.mean(axis=1, keepdims=True)
     lengths = np.linalg.norm(rest, axis=1, keepdims=True)
     if (lengths <= 1e-9 * np.abs(vectors[known]).max() * np.sqrt(vectors.shape[1])).any():

@@ -31,7 +31,7 @@ from llmfp.evidence.student import predicted_p, upper_tail
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
 
-LEAST_LAYERS, LEAST_EXCESS = 10, 5.0
+LEAST_LAYERS, LEAST_EXCESS = 8, 5.0
 MIN_PARAMETRIC = 20
 
 
@@ -45,7 +45,7 @@ class Calibration:
     largest: float
 
 
-STRANGERS = Calibration(models=13, mean=0.2, sd=1.04, largest=2.55)
+STRANGERS = Calibration(models=24, mean=0.45, sd=1.03, largest=3.43)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class _Contrast(NamedTuple):
 def _among(excess: float, null: list[float]) -> tuple[float, str]:
     """p among strangers, and its basis: conformal, or below what that can show a t prediction."""
     p = (1 + sum(each >= excess for each in null)) / (1 + len(null))
-    if max(null) < excess and len(null) >= MIN_PARAMETRIC:
+    if min(null) < max(null) < excess and len(null) >= MIN_PARAMETRIC:
         predicted = predicted_p(excess, null)
         if predicted < p:
             return predicted, "approximate"

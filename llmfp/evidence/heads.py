@@ -34,6 +34,8 @@ from llmfp.fingerprint import TowerFingerprint
 NEGLIGIBLE = math.log(1e-3)
 """Below the layer's median log norm: such a head does nothing, and its vector is zero."""
 BLOCKS = ("norms", "coherence", "spectra")
+_FOR_DEVIATION = 1000
+"""Permutations that z's standard deviation is taken from at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class Heads:
     """Outcome of the test.
 
     z             T over its standard deviation among the permutations drawn; for display
-    p_value       (1 + #) / (1 + permutations)
+    p_value       (1 + #) / (1 + permutations), at least smallest_p
     smallest_p    the least that p_value can be: of the permutations drawn, or of all there are
     layers        layer pairs compared
     blocks        what the vectors hold: norms, and coherence or spectra
@@ -103,15 +105,16 @@ def head_symmetry(
             "so heads are not exchangeable"
         )
     products = [x @ y.T for x, y in both]
-    totals = permuted(products, matched, permutations, rng, draw)
-    group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    totals = permuted(products, matched, max(permutations, _FOR_DEVIATION), rng, draw)
+    log_group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    smallest_p = max(1 / (1 + permutations), math.exp(-log_group))
     deviation = float(totals[1:].std())
     if not deviation:
         return Missing("the heads of the two models differ in no common layer")
     return Heads(
         z=float((totals[0] - totals[1:].mean()) / deviation),
-        p_value=upper_p(totals, total_scale(products)),
-        smallest_p=max(1 / (1 + permutations), math.exp(-group)),
+        p_value=max(upper_p(totals[: 1 + permutations], total_scale(products)), smallest_p),
+        smallest_p=smallest_p,
         permutations=permutations,
         layers=len(both),
         heads=a.heads,

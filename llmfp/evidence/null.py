@@ -22,8 +22,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmfp.architecture.specs import ROLES
 from llmfp.checkpoint import strict_json
 from llmfp.errors import LlmfpError
@@ -125,9 +123,12 @@ def _fingerprints(folder: Path) -> tuple[NullModel, ...]:
     files_ = sorted(folder.rglob(f"*{SUFFIX}"))
     if not files_:
         raise LlmfpError(f"{folder}: no fingerprints (*{SUFFIX}) in it", hint="llmfp-fast scan SOURCE --out makes one")
-    models = []
+    models: list[NullModel] = []
+    seen: dict[str, Path] = {}
     for file in files_:
         found = load_fingerprint(file)
+        if (other := seen.setdefault(found.digest, file)) != file:
+            raise LlmfpError(f"{file}: the same weights as {other}", hint="keep one fingerprint of every family")
         name = main_tower(found.towers)
         tower = found.towers[name]
         models.append(
@@ -162,10 +163,7 @@ def _rounded(stds: StdCurves, decimals: int | None) -> StdCurves:
     """Rounding costs correlation. Whoever is ranked among models known to 3 decimals is known to 3 decimals."""
     if decimals is None:
         return stds
-    return {
-        role: [None if std is None else float(np.round(std, decimals)) for std in column]
-        for role, column in stds.items()
-    }
+    return {role: [None if std is None else round(std, decimals) for std in column] for role, column in stds.items()}
 
 
 def _read(path: Path) -> list[NullModel]:

@@ -5,7 +5,8 @@ block, and each draw picks one entry of every block's table, so that K^B differe
 from a pool is not drawing from the whole group, and counting such draws against the identity would not be exact. So
 the data are first taken as scrambled by the inverse of a draw of their own, g₀: what was observed is then the
 statistic of g₀, and under the null g₀, …, g_N are exchangeable whatever the pool holds. The rank of the observed value
-among N + 1 is therefore uniform, ties counted against the observed. (The same device: Ramdas, Barber, Candès &
+among N + 1 is therefore uniform, ties counted against the observed. The order matters: g₀⁻¹ first, then g; the other
+way round is as good only where one side's labels alone are permuted. (The same device: Ramdas, Barber, Candès &
 Tibshirani 2023, "Permutation tests using arbitrary permutation distributions".)
 """
 
@@ -77,7 +78,7 @@ def permuted(
         pool = pools[size]
         drawn = rng.integers(pool_size, size=1 + permutations)
         unscramble = np.argsort(pool[drawn[0]])
-        totals += evaluate(block, pool[:, unscramble])[drawn]
+        totals += evaluate(block, unscramble[pool])[drawn]  # first scrambled back, then by each
     return totals
 
 

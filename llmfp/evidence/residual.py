@@ -46,8 +46,8 @@ class Residual:
     """Outcome of the test.
 
     z             T over its exact standard deviation under permutation; for display, no verdict uses normal tails
-    p_value       (1 + #) / (1 + permutations)
-    smallest_p    the least that p_value can be
+    p_value       (1 + #) / (1 + permutations), at least smallest_p
+    smallest_p    the least that p_value can be: of the permutations drawn, or of all there are
     dims          coordinates compared, those padded with zeros left out
     layers, rows  layer pairs, and profiles (layer × role) compared
     structure     p of each model's self-check: does a coordinate's score follow its neighbour's?
@@ -111,10 +111,11 @@ def residual_symmetry(
         return Missing("the residual profiles of the two models vary in no common block")
     totals = permuted(diagonal, matched, permutations, rng)
     observed = float(sum(np.trace(m) for m in diagonal))
+    smallest_p = max(1 / (1 + permutations), math.exp(-sum(math.lgamma(len(m) + 1) for m in diagonal)))
     return Residual(
         z=observed / deviation,
-        p_value=upper_p(totals, total_scale(diagonal)),
-        smallest_p=max(1 / (1 + permutations), math.exp(-sum(math.lgamma(len(m) + 1) for m in diagonal))),
+        p_value=max(upper_p(totals, total_scale(diagonal)), smallest_p),
+        smallest_p=smallest_p,
         permutations=permutations,
         dims=dims,
         block=BLOCK,

@@ -29,15 +29,16 @@ NOT_SHOWN = (
 def verdict(found: Json) -> str:
     """The verdict of a comparison's JSON, with what it rests on."""
     rests_on = found["rests_on"]
-    names = ", ".join(TITLES[name] for name in rests_on)
+    *others, last = [TITLES[name] for name in rests_on] or [""]
+    names = f"{', '.join(others)} and {last}" if others else last
     match found["verdict"]:
         case "related" if "digest" in rests_on:
             return "related: the attention weights of A and B are the same to the bit."
         case "related":
             return (
                 "related: weights of A and B have a common origin. Two models that began from separate random values "
-                f"would agree this well with probability {p(found['p_value'])} at most ({found['basis']}: {names}). A "
-                "common initial seed alone can have the same effect, weakly; which model came first is not shown."
+                f"would agree this well with probability {p(found['p_value'])} at most ({found['basis']}), by {names}. "
+                "A common initial seed alone can have the same effect, weakly; which model came first is not shown."
             )
         case "none_detected":
             return (
