@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,17 @@ from llmfp import fingerprint as fingerprints
 from llmfp.architecture import AttentionMap, match
 from llmfp.checkpoint import Checkpoint, open_checkpoint
 from llmfp.checkpoint.adapter import is_adapter, open_adapted
+from llmfp.errors import CheckpointError, LlmfpError
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
+from llmfp.hub.source import looks_remote
 from llmfp.kernels import Backend, select
 from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
+from llmfp.sample import CONFIDENCE
 
 if TYPE_CHECKING:
     from llmfp.evidence.comparison import Comparison
+    from llmfp.hub.client import Client
 
 
 def scan(
@@ -33,10 +38,13 @@ def scan(
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    client: Client | None = None,
     planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
+    """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded; or a model
+    of the Hub (ORG/NAME, ORG/NAME@REVISION, hf://…) or the address of a weight file, read where it is.
 
     base          the model below `source`, which is an adapter: the result is that of the two merged
     tower         decoder, encoder, cross or vision alone; the language model's towers when None
@@ -45,18 +53,20 @@ def scan(
     threads       as many as there are cores when None; changes no bit of the result
     memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
     deep          also look at what heads compute (llmfp.circuits), which comparisons ask for and plain σ does not
+    sample        the share of every tensor's rows to read, 0.1 for example; σ then has an interval (llmfp.sample)
+    client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
     Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
     """
     path = Path(source)
-    if fingerprints.is_fingerprint(path):
+    if fingerprints.is_fingerprint(path) and not looks_remote(source):
         return fingerprints.load(path)
     start = time.perf_counter()
-    checkpoint, attention, chosen, opened = _open(path, base, tower, backend, reader)
+    checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client)
     try:
-        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
+        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep, sample)
         if planned is not None:
             planned(plan_)
         result = engine.run(plan_, chosen, opened, progress)
@@ -75,11 +85,13 @@ def plan(
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    client: Client | None = None,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
-    checkpoint, attention, chosen, opened = _open(Path(source), base, tower, backend, reader, probe=False)
+    checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client, probe=False)
     opened.close()
-    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
+    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep, sample)
 
 
 def compare(
@@ -91,6 +103,8 @@ def compare(
     permutations: int = 100_000,
     null: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    sample: float | None = None,
+    client: Client | None = None,
 ) -> Comparison:
     """The evidence that two models share weights' ancestry: sources, which are scanned, or fingerprints.
 
@@ -99,6 +113,7 @@ def compare(
     permutations  drawn for each permutation test; no p is below 1 / (1 + permutations)
     null          further unrelated models beside those shipped: a file or a directory (see llmfp.evidence.null)
     seed          of the draws: the same seed, the same p
+    sample, client   as for `scan`
 
     Raises LlmfpError, one line.
     """
@@ -107,7 +122,8 @@ def compare(
 
     models = nulls.load(null)
     only = tower if tower == "vision" else None  # the others are read together, and say more so
-    first, second = (each if isinstance(each, Fingerprint) else scan(each, tower=only, deep=True) for each in (a, b))
+    reading: dict[str, Any] = {"tower": only, "deep": sample is None, "sample": sample, "client": client}
+    first, second = (each if isinstance(each, Fingerprint) else scan(each, **reading) for each in (a, b))
     return comparison.compare(
         first, second, tower=tower, alpha=alpha, permutations=permutations, null=models, seed=seed
     )
@@ -119,21 +135,45 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
 
 
 def _open(
-    path: Path,
+    source: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     tower: str | None,
     backend: str,
     reader: str,
+    client: Client | None,
     *,
     probe: bool = True,
 ) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
-    if base is not None or is_adapter(path):
+    path, own = Path(source), None
+    if looks_remote(source):
+        from llmfp.hub.client import Client
+        from llmfp.hub.repository import open_remote
+
+        if base is not None:
+            raise CheckpointError(f"{source}: adapters are read from disk alone", hint="download it, and its base")
+        own = Client() if client is None else client.branch()
+        try:
+            checkpoint = open_remote(own, source)
+        except BaseException:
+            own.close()
+            raise
+    elif base is not None or is_adapter(path):
         checkpoint = open_adapted(path, None if base is None else Path(base))
     else:
         checkpoint = open_checkpoint(path)
-    attention = match(checkpoint, tower)
-    chosen = select(backend)
-    return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen, probe=probe)
+    try:
+        attention = match(checkpoint, tower)
+        chosen = select(backend)
+        return (
+            checkpoint,
+            attention,
+            chosen,
+            open_reader(reader, checkpoint, attention, chosen, client=own, probe=probe),
+        )
+    except BaseException:
+        if own is not None:
+            own.close()
+        raise
 
 
 def _plan(
@@ -144,8 +184,13 @@ def _plan(
     threads: int | None,
     memory_bytes: int,
     deep: bool,
+    sample: float | None,
 ) -> Plan:
-    return make_plan(
+    if sample is not None and not 0 < sample < 1:
+        raise LlmfpError(f"a sample of {sample} is no part of a whole", hint="give a share between 0 and 1")
+    if sample is not None and deep:
+        raise LlmfpError("what heads compute needs all of their rows", hint="leave out --deep or --sample")
+    plan = make_plan(
         checkpoint,
         attention,
         backend,
@@ -155,7 +200,15 @@ def _plan(
         extra_bytes=reader.extra_bytes,
         memory_bytes=memory_bytes,
         deep=deep,
+        sample=sample,
+        block_bytes=reader.block_bytes,
     )
+    if any(shard.remote is not None for shard in checkpoint.shards):
+        from llmfp.reader.fetches import fetches
+
+        ranges = fetches(plan)
+        return replace(plan, fetched=(len(ranges), sum(each.nbytes for each in ranges)))
+    return plan
 
 
 def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Reader, seconds: float) -> Fingerprint:
@@ -195,20 +248,54 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
             "versions": {"llmfp": __version__, "python": sys.version.split()[0], **backend.versions()},
         },
         skipped=tuple(plan.skipped),
-        caveats=(*checkpoint.caveats, *plan.attention.caveats, *result.caveats),
+        caveats=(*_sample_caveats(plan), *checkpoint.caveats, *plan.attention.caveats, *result.caveats),
         digest=result.digest,
+        sample=None if plan.sample is None else _sample_facts(plan),
     )
+
+
+def _sample_facts(plan: Plan) -> dict[str, Any]:
+    """What a fingerprint says of the sample it rests on."""
+    sampled = [task for task in plan.tasks if task.blocks is not None]
+    return {
+        "share": plan.sample,
+        "confidence": CONFIDENCE,
+        "read_bytes": plan.step_bytes,
+        "of_bytes": plan.attention_bytes,
+        "sampled_tensors": len(sampled),
+        "whole_tensors": len(plan.tasks) - len(sampled),
+        "absent": {
+            "head_std": "a head's σ needs all of its rows",
+            "residual": "a profile along the residual stream needs all rows",
+            "circuits": "what heads compute needs all of their rows",
+        },
+    }
+
+
+def _sample_caveats(plan: Plan) -> list[str]:
+    if plan.sample is None:
+        return []
+    share = 100 * plan.step_bytes / max(plan.attention_bytes, 1)
+    return [f"rests on a sample: {share:.1f} % of the attention weights were read; every σ is an estimate"]
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     """Provenance. Names only: a path would tell strangers about the machine."""
     return {
-        "name": checkpoint.path.absolute().name,
+        "name": checkpoint.repo or checkpoint.path.absolute().name,
         "base": None if checkpoint.base is None else checkpoint.base.absolute().name,
+        "repo": checkpoint.repo,
+        "url": checkpoint.url,
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
         "files": [
-            {"name": shard.path.name, "bytes": shard.nbytes, "sha256": shard.sha256} for shard in checkpoint.shards
+            {
+                "name": shard.path.name,
+                "bytes": shard.nbytes,
+                "sha256": shard.sha256,
+                "etag": None if shard.remote is None else shard.remote.etag,
+            }
+            for shard in checkpoint.shards
         ],
     }
 

@@ -55,17 +55,25 @@ def ready() -> None:
 
 
 def weight_files(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> tuple[File, ...]:
-    """Every weight file with its sha256, read whole, a megabyte at a time.
+    """Every weight file with its sha256: local ones read whole, a megabyte at a time, others as the Hub states it.
 
     progress  called with (bytes done, bytes in all)
-    Raises CheckpointError for a file that changed since its header was read, and for one that a cache keeps under the
-    hash of another content.
+    Raises CheckpointError for a file that changed since its header was read, for one that a cache keeps under the hash
+    of another content, and for one elsewhere whose hash nobody states.
     """
     paths = [shard.path for shard in checkpoint.shards]
     shared = {name for name, count in Counter(path.name for path in paths).items() if count > 1}
-    total, done = sum(shard.nbytes for shard in checkpoint.shards), 0
+    total, done = sum(shard.nbytes for shard in checkpoint.shards if shard.remote is None), 0
     files = []
     for shard in checkpoint.shards:
+        name = f"{shard.path.parent.name}/{shard.path.name}" if shard.path.name in shared else shard.path.name
+        if shard.remote is not None:
+            if shard.sha256 is None:
+                raise CheckpointError(
+                    f"{shard.path}: its sha256 is not known where it lies", hint="download the model and attest that"
+                )
+            files.append(File(name, shard.nbytes, shard.sha256))
+            continue
         hashed = hashlib.sha256()
         with shard.path.open("rb") as file:
             shard.check_unchanged(os.fstat(file.fileno()))
@@ -81,7 +89,6 @@ def weight_files(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
                 f"{shard.path}: its sha256 is {sha256}, but the cache keeps it as {shard.sha256}",
                 hint="the file is damaged or was altered: download it again",
             )
-        name = f"{shard.path.parent.name}/{shard.path.name}" if shard.path.name in shared else shard.path.name
         files.append(File(name, shard.nbytes, sha256))
     return tuple(files)
 

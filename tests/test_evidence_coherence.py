@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,13 +141,12 @@ def test_strangers_excess_is_near_zero_and_one() -> None:
     assert max(excess) < LEAST_EXCESS
 
 
-def test_it_counts_without_strangers_only_when_clear_over_ten_layers() -> None:
+def test_it_counts_without_strangers_only_when_clear_over_enough_layers() -> None:
     rng = np.random.default_rng(5)
     assert made(rotary_coherence(*related(rng))).counts
     few = made(rotary_coherence(*related(rng, layers=LEAST_LAYERS - 1, noise=0.1)))
-    assert few.excess > LEAST_EXCESS
     assert len(few.layer_map) == LEAST_LAYERS - 1
-    assert not few.counts
+    assert not replace(few, excess=2 * LEAST_EXCESS).counts  # so few layers seldom get there
     apart = made(rotary_coherence(tower(vectors(rng)), tower(vectors(rng))))
     assert apart.excess < LEAST_EXCESS
     assert not apart.counts

@@ -14,7 +14,7 @@ from llmfp import api, attestation
 from llmfp.attestation import File
 from llmfp.checkpoint import Checkpoint
 from llmfp.checkpoint.adapter import is_adapter
-from llmfp.cli.options import check_writable, debug_option, json_option, reading_options
+from llmfp.cli.options import SOURCE, check_writable, debug_option, json_option, reading_options
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import SUFFIX, Fingerprint, write_whole
 from llmfp.report import printable
@@ -23,11 +23,11 @@ BOM, STATEMENT = "bom.cdx.json", "statement.intoto.json"
 
 
 @click.command("attest", short_help="Write a CycloneDX ML-BOM and an in-toto statement, ready to sign.")
-@click.argument("source", type=click.Path(path_type=Path, readable=False))
+@click.argument("source", type=SOURCE)
 @click.option(
     "--against",
     metavar="B",
-    type=click.Path(path_type=Path, readable=False),
+    type=SOURCE,
     help="A model to compare SOURCE with; a relation that is detected becomes part of the pedigree.",
 )
 @click.option(
@@ -37,22 +37,24 @@ BOM, STATEMENT = "bom.cdx.json", "statement.intoto.json"
 @reading_options
 @debug_option
 def command(
-    source: Path, against: Path | None, out: Path, as_json: bool, tower: str | None, base: Path | None, **more: Any
+    source: str, against: str | None, out: Path, as_json: bool, tower: str | None, base: Path | None, **more: Any
 ) -> None:
-    """Reads all weight files of SOURCE for their sha256 and writes into DIR a bill of materials (bom.cdx.json,
-    CycloneDX), an unsigned in-toto statement about the weights (statement.intoto.json), and the evidence they name.
+    """Reads all weight files of SOURCE for their sha256 (of a model on the Hub, takes what the Hub states) and writes
+    into DIR a bill of materials (bom.cdx.json, CycloneDX), an unsigned in-toto statement about the weights
+    (statement.intoto.json), and the evidence they name.
 
     A detected relation is written down as a variant: nothing here shows which of two models came first.
     """
-    if base is not None and not (is_adapter(source) or (against is not None and is_adapter(against))):
+    if base is not None and not (is_adapter(Path(source)) or (against is not None and is_adapter(Path(against)))):
         raise click.BadParameter("neither SOURCE nor B is an adapter", param_hint="--base")
     attestation.ready()
     check_writable(out, "--out")
-    reading = {**more, "tower": tower if tower == "vision" else None}
-    fingerprint, files = _attested(source, base if is_adapter(source) else None, reading)
+    deep = more["sample"] is None
+    reading = {**more, "deep": deep, "tower": tower if tower == "vision" else None}
+    fingerprint, files = _attested(source, base if is_adapter(Path(source)) else None, reading)
     comparison = None
     if against is not None:
-        other, _ = _scanned(against, base if is_adapter(against) else None, reading)
+        other, _ = _scanned(against, base if is_adapter(Path(against)) else None, reading)
         comparison = api.compare(fingerprint, other, tower=tower).to_json()
     out.mkdir(exist_ok=True)
     fingerprint.save(out / f"fingerprint{SUFFIX}")
@@ -78,7 +80,7 @@ def command(
     click.echo(f"in {printable(str(out))}: {', '.join(file.name for file in written)}")
 
 
-def _attested(source: Path, base: Path | None, reading: dict[str, Any]) -> tuple[Fingerprint, tuple[File, ...]]:
+def _attested(source: str, base: Path | None, reading: dict[str, Any]) -> tuple[Fingerprint, tuple[File, ...]]:
     """The fingerprint, whose source now holds its files' digests, and the files."""
     fingerprint, checkpoint = _scanned(source, base, reading)
     if checkpoint is None:
@@ -89,12 +91,12 @@ def _attested(source: Path, base: Path | None, reading: dict[str, Any]) -> tuple
     return replace(fingerprint, source={**fingerprint.source, "files": listed}), files
 
 
-def _scanned(source: Path, base: Path | None, reading: dict[str, Any]) -> tuple[Fingerprint, Checkpoint | None]:
+def _scanned(source: str, base: Path | None, reading: dict[str, Any]) -> tuple[Fingerprint, Checkpoint | None]:
     """The fingerprint, and the checkpoint it was read from; None where it was a saved one."""
     opened: list[Checkpoint] = []
     with ProgressBar() as bar:
         fingerprint = api.scan(
-            source, base=base, deep=True, planned=lambda plan: opened.append(plan.checkpoint), progress=bar, **reading
+            source, base=base, planned=lambda plan: opened.append(plan.checkpoint), progress=bar, **reading
         )
     return fingerprint, opened[0] if opened else None
 

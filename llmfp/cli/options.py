@@ -13,8 +13,11 @@ from llmfp.architecture.families import TOWERS
 from llmfp.kernels import BACKENDS
 from llmfp.plan import parse_size
 from llmfp.reader import READERS
+from llmfp.sample import parse_share
 
 Command = Callable[..., Any]
+SOURCE = click.Path(path_type=str, readable=False)
+"""A path or an address: as written, since a path would fold the slashes of an address."""
 
 
 def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
@@ -32,6 +35,13 @@ debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
+
+
+def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else parse_share(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _page(_context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
@@ -67,7 +77,7 @@ def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Com
 
 
 def reading_options(command: Command) -> Command:
-    """What to read and how: base, tower, back end, reader, threads, memory."""
+    """What to read and how: base, tower, back end, reader, threads, memory, sample."""
     for option in reversed(
         (
             click.option(
@@ -89,6 +99,10 @@ def reading_options(command: Command) -> Command:
             click.option(
                 "--memory", "memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
                 help="Bound on resident memory, beyond what planning takes.",
+            ),
+            click.option(
+                "--sample", metavar="SHARE", callback=_share,
+                help="Read blocks of rows, 10% of them for example; every σ then has a 95 % interval.",
             ),
         )
     ):  # fmt: skip

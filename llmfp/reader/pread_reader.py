@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
 
 
@@ -22,6 +22,7 @@ class PreadReader:
     name = "pread"
     step_bytes = 2 << 20
     extra_bytes = 0
+    block_bytes = 1
     min_threads = 4
 
     def __init__(self, shards: Sequence[Shard]) -> None:
@@ -29,6 +30,9 @@ class PreadReader:
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         self._local = threading.local()
+
+    def begin(self, plan: Plan) -> None:
+        """Nothing: shards are opened when first read."""
 
     def read(self, step: Step) -> tuple[Buffer, int]:
         descriptor = self._descriptor(step.shard)
@@ -49,6 +53,9 @@ class PreadReader:
 
     def release(self, step: Step) -> None:
         """Nothing: the buffer is reused by the thread's next step."""
+
+    def cancel(self) -> None:
+        """Nothing: no read waits for anything but the device."""
 
     def close(self) -> None:
         descriptors, self._descriptors = self._descriptors, {}
