@@ -231,12 +231,16 @@ class Fingerprint:
 
         return page.fragment("notebook_fingerprint.html.jinja", self.to_json())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
         from safetensors.numpy import save
 
         metadata = {"llmfp.schema": SCHEMA, "llmfp": json.dumps(self.to_json(), allow_nan=False)}
-        write_whole(Path(path), save(_arrays(self.towers), metadata))
+        return save(_arrays(self.towers), metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+        write_whole(Path(path), self.to_bytes())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -329,6 +333,8 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
+        if any(value < 0 for value in numbers["std"]):
+            raise ValueError(f"{prefix}.std is negative")
         residual = array(f"{prefix}.residual", "float16")
         around = array(f"{prefix}.interval", "float64") if f"{prefix}.interval" in arrays else None
         if around is not None and around.shape != (len(layers), 2):

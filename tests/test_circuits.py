@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 import llmfp
 from llmfp import circuits
 from llmfp.architecture import Rotary
-from llmfp.circuits import Grams, coherence, sketch, spectra
+from llmfp.circuits import Grams, Turned, coherence, sketch, spectra
 from llmfp.errors import PlanError
 from llmfp.fingerprint import TowerFingerprint
 from tests.checkpoints import BACKEND, LAYOUTS, Model, build, write_model
@@ -93,7 +93,7 @@ def heads_of(model: Model, tower: str, layer: int, role: str, size: int) -> Floa
 def test_coherence_is_that_of_complex_rows(rotary: Rotary) -> None:
     q, k = RNG.normal(size=(3, 8, 20)), RNG.normal(size=(3, 8, 20))
     expected = [loops(one, other, rotary, 20) for one, other in zip(q, k, strict=True)]
-    np.testing.assert_allclose(coherence(*grams_of(q, k), 20, rotary), expected, rtol=1e-12)
+    np.testing.assert_allclose(coherence(*grams_of(q, k), (20, 20), rotary), expected, rtol=1e-12)
 
 
 def turned_and_scaled(x: Float64, factors: NDArray[np.complex128], rotary: Rotary) -> Float64:
@@ -111,19 +111,19 @@ def test_no_map_that_commutes_with_the_rotary_embedding_moves_coherence_or_norms
     """Turning and scaling pairs and rotating the residual stream leave everything to 1e-9; mixing two pairs, which does
     not commute, does not."""
     q, k = RNG.normal(size=(2, 8, 20)), RNG.normal(size=(2, 8, 20))
-    plain = coherence(*grams_of(q, k), 20, rotary)
+    plain = coherence(*grams_of(q, k), (20, 20), rotary)
     factors = np.exp(RNG.normal(size=rotary.pairs) + 1j * RNG.uniform(0, 2 * np.pi, rotary.pairs))
     rewritten = turned_and_scaled(q, factors, rotary), turned_and_scaled(k, 1 / factors.conj(), rotary)
     orthogonal = np.linalg.qr(RNG.normal(size=(20, 20)))[0]
     rewritten = rewritten[0] @ orthogonal, rewritten[1] @ orthogonal
-    np.testing.assert_allclose(coherence(*grams_of(*rewritten), 20, rotary), plain, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(coherence(*grams_of(*rewritten), (20, 20), rotary), plain, rtol=0, atol=1e-9)
     if 2 * rotary.pairs == 8:
         logits = [np.einsum("hid,hie->hde", x, y) for x, y in ((q, k), (rewritten[0], rewritten[1]))]
         np.testing.assert_allclose(logits[1], orthogonal.T @ logits[0] @ orthogonal, atol=1e-9)
     mixed = q.copy()
     mixed[:, [0, 1]] = (q[:, [0, 1]].swapaxes(1, 2) @ np.array([[0.8, 0.6], [-0.6, 0.8]])).swapaxes(1, 2)
     if not rotary.interleaved:  # rows 0 and 1 are then of two pairs
-        assert np.abs(coherence(*grams_of(mixed, k), 20, rotary) - plain).max() > 0.1
+        assert np.abs(coherence(*grams_of(mixed, k), (20, 20), rotary) - plain).max() > 0.1
 
 
 def test_circuits_do_not_change_under_invertible_maps_inside_a_head() -> None:
@@ -133,9 +133,8 @@ def test_circuits_do_not_change_under_invertible_maps_inside_a_head() -> None:
     rewritten = [inside[0] @ q, np.linalg.inv(inside[0]).T @ k, inside[1] @ v, np.linalg.inv(inside[1]).T @ o]
 
     def kept(q: Float64, k: Float64, v: Float64, o: Float64) -> circuits.Circuits:
-        gram_q, gram_k, gram_qk = grams_of(q, k)
-        gram_v, gram_o, _ = grams_of(v, o)
-        found = circuits.circuits(Grams(gram_q, gram_k, gram_qk, gram_v, gram_o), 18, None)
+        (gram_q, gram_k, _), (gram_v, gram_o, _) = grams_of(q, k), grams_of(v, o)
+        found = circuits.circuits(Grams(gram_q, gram_k, gram_v, gram_o, None))
         assert found is not None
         return found
 
@@ -172,11 +171,13 @@ def test_a_head_that_does_nothing_is_left_out_of_the_average() -> None:
     q, k = RNG.normal(size=(4, 8, 20)), RNG.normal(size=(4, 8, 20))
     rotary = Rotary(4, False)
     q[2] *= 1e-6
-    found = circuits.circuits(Grams(*grams_of(q, k), None, None), 20, rotary)
+    gram_q, gram_k, gram_qk = grams_of(q, k)
+    turned = Turned(gram_q, gram_k, gram_qk, (20, 20), rotary)
+    found = circuits.circuits(Grams(gram_q, gram_k, None, None, turned))
     assert found is not None
     assert found.coherence is not None
     average = np.frombuffer(found.coherence, np.float16).astype(float)
-    np.testing.assert_allclose(average, coherence(*grams_of(q, k), 20, rotary)[[0, 1, 3]].mean(axis=0), rtol=2e-3)
+    np.testing.assert_allclose(average, coherence(*grams_of(q, k), (20, 20), rotary)[[0, 1, 3]].mean(axis=0), rtol=2e-3)
 
 
 # --- through a scan --------------------------------------------------------------------------------------------------

@@ -76,17 +76,15 @@ def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Com
     return click.option("--deep/--no-deep", default=default, help=help_text)
 
 
-def reading_options(command: Command) -> Command:
-    """What to read and how: base, tower, back end, reader, threads, memory, sample."""
+registry_option = click.option(
+    "--registry", required=True, metavar="DIR", help="The registry: a directory, or a URL that fsspec knows."
+)
+
+
+def machine_options(command: Command) -> Command:
+    """What reads and computes: back end, reader, threads, memory."""
     for option in reversed(
         (
-            click.option(
-                "--base", type=click.Path(path_type=Path, readable=False),
-                help="The model below SOURCE, where that is an adapter (LoRA).",
-            ),
-            click.option(
-                "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
-            ),
             click.option(
                 "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
                 help="What computes; llmfp-fast backends says which can run here.",
@@ -99,6 +97,24 @@ def reading_options(command: Command) -> Command:
             click.option(
                 "--memory", "memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
                 help="Bound on resident memory, beyond what planning takes.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def reading_options(command: Command) -> Command:
+    """What to read and how: base, tower, sample, and the machine's options."""
+    command = machine_options(command)
+    for option in reversed(
+        (
+            click.option(
+                "--base", type=click.Path(path_type=Path, readable=False),
+                help="The model below SOURCE, where that is an adapter (LoRA).",
+            ),
+            click.option(
+                "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
             ),
             click.option(
                 "--sample", metavar="SHARE", callback=_share,

@@ -36,6 +36,8 @@ MISSED = (
     "replacing or retraining the attention weights themselves",
 )
 """What no test here can see."""
+LARGEST = {"layers": 512, "heads": 512, "hidden size": 1 << 17}
+"""Of a tower that is compared: time and memory go with the squares of layers and heads; a small file claims many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,14 @@ def _tower(fingerprint: Fingerprint, wanted: str | None) -> tuple[str, TowerFing
             f"{fingerprint.source['name']}: no {name} tower, only {', '.join(fingerprint.towers)}",
             hint="leave --tower out to compare the main towers",
         )
-    return name, fingerprint.towers[name]
+    tower = fingerprint.towers[name]
+    sizes = {"layers": len(tower.layers), "heads": tower.heads or 0, "hidden size": tower.hidden_size}
+    for what, size in sizes.items():
+        if size > LARGEST[what]:
+            raise LlmfpError(
+                f"{fingerprint.source['name']}: {what} {size}, and no more than {LARGEST[what]} are compared"
+            )
+    return name, tower
 
 
 def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:

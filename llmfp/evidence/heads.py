@@ -85,8 +85,9 @@ def head_symmetry(
             return Missing(f"the {name} fingerprint holds no circuits of heads: it comes from a plain scan")
         if tower.indexed_heads:
             return Missing(f"heads of the {name} model differ by design, so their order carries meaning")
-    if (a.heads, a.kv_heads) != (b.heads, b.kv_heads) or a.heads is None or a.kv_heads is None:
-        return Missing(f"head counts differ: {a.heads} of {a.kv_heads} groups and {b.heads} of {b.kv_heads}")
+    groups = _groups(a)
+    if (a.heads, groups) != (b.heads, _groups(b)) or a.heads is None or groups is None:
+        return Missing(f"head counts differ: {a.heads} of {groups} groups and {b.heads} of {_groups(b)}")
     found = [(name, _block(a, name), _block(b, name)) for name in BLOCKS]
     shared = [(name, x, y) for name, x, y in found if x is not None and y is not None and x.shape[2] == y.shape[2]]
     if not shared:
@@ -96,7 +97,7 @@ def head_symmetry(
     both = [(vectors_a[i], vectors_b[j]) for i, j in pairs if vectors_a[i].any() and vectors_b[j].any()]
     if not both:
         return Missing("no pair of layers has circuits in both models")
-    draw = _group_permutations(a.heads, a.kv_heads)
+    draw = _group_permutations(a.heads, groups)
     rng = np.random.default_rng(seed)
     structure = tuple(_neighbours_p([pair[side] for pair in both], draw, rng) for side in (0, 1))
     if max(structure) <= STRUCTURE_LEVEL:
@@ -106,7 +107,7 @@ def head_symmetry(
         )
     products = [x @ y.T for x, y in both]
     totals = permuted(products, matched, max(permutations, _FOR_DEVIATION), rng, draw)
-    log_group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    log_group = len(products) * (math.lgamma(groups + 1) + groups * math.lgamma(a.heads // groups + 1))
     smallest_p = max(1 / (1 + permutations), math.exp(-log_group))
     deviation = float(totals[1:].std())
     if not deviation:
@@ -118,11 +119,16 @@ def head_symmetry(
         permutations=permutations,
         layers=len(both),
         heads=a.heads,
-        kv_heads=a.kv_heads,
+        kv_heads=groups,
         blocks=tuple(name for name, _, _ in shared),
         structure=(structure[0], structure[1]),
         permuted=histogram((totals[1:] - totals[1:].mean()) / deviation),
     )
+
+
+def _groups(tower: TowerFingerprint) -> int | None:
+    """Kv heads; in latent attention, which has none, every head makes keys and values of its own."""
+    return tower.heads if tower.kv_heads is None else tower.kv_heads
 
 
 def _block(tower: TowerFingerprint, name: str) -> Floats | None:

@@ -42,9 +42,10 @@ def _sample_lines(fingerprint: Fingerprint) -> list[str]:
 
 def plan_line(plan: Plan) -> str:
     """The plan in one line."""
+    pieces = "reads" if plan.fetched is None else "requests"
     return (
-        f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {len(plan.steps)} "
-        f"reads, {plan.threads} threads, at most {size(plan.needed_bytes)} memory"
+        f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {plan.requests} "
+        f"{pieces}, {plan.threads} threads, at most {size(plan.needed_bytes)} memory"
     )
 
 
@@ -57,8 +58,7 @@ def plan_table(plan: Plan) -> str:
             lines += ["", f"layer  {task.tower:<9} {'bytes':>15}  tensor"]
             tower = task.tower
         roles = "".join(str(p.role).upper() for p in task.projections) + (" twice" if task.second_read else "")
-        nbytes = sum(p.view.nbytes for p in task.projections)
-        lines.append(f"{task.layer:>5}  {roles:<9} {nbytes:>15,}  {task.tensor.name} ({_stored_as(task.tensor)})")
+        lines.append(f"{task.layer:>5}  {roles:<9} {task.nbytes:>15,}  {task.tensor.name} ({_stored_as(task.tensor)})")
     lines += ["", f"skipped {'bytes':>25}  pattern"]
     lines += [
         f"{each['count']:>7,} {each['bytes']:>25,}  {each['pattern']} ({each['reason']})" for each in plan.skipped
@@ -71,6 +71,13 @@ def plan_table(plan: Plan) -> str:
         f"norm gains {plan.gain_bytes:,}, biases {plan.bias_bytes:,}, headers {plan.header_bytes:,}, "
         f"scales {plan.scale_bytes:,}, adapter {plan.adapter_bytes:,}",
     ]
+    if plan.fetched is not None:
+        lines.append(
+            f"in {plan.requests:,} requests after those for headers, gaps between neighbours {plan.gap_bytes:,}"
+        )
+    if plan.sample is not None:
+        share = 100 * plan.step_bytes / max(plan.attention_bytes, 1)
+        lines.append(f"a sample: {plan.step_bytes:,} bytes of attention ({share:.1f} %) are read")
     lines += [f"caveat: {caveat}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
     return "\n".join(map(printable, lines))
 
