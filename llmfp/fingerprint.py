@@ -38,6 +38,9 @@ from llmfp.errors import CheckpointError, FingerprintError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from llmfp.circuits import Circuits
@@ -208,6 +211,29 @@ class Fingerprint:
             "digest": self.digest,
             "sample": None if self.sample is None else dict(self.sample),
         } | ({} if self.sample is None else {"interval": main.interval})
+
+    def plot(self) -> Figure:
+        """A Matplotlib figure of σ over layers. Raises LlmfpError where Matplotlib is not installed."""
+        from llmfp.report import figures
+
+        return figures.of_fingerprint(self.to_json())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per tower, role and layer (report.tables.statistics). Raises LlmfpError without pandas."""
+        from llmfp.report import tables
+
+        return tables.to_pandas(tables.statistics(self))
+
+    def to_arrow(self) -> pa.Table:
+        """The same rows for Arrow. Raises LlmfpError without pyarrow."""
+        from llmfp.report import tables
+
+        return tables.to_arrow(tables.statistics(self))
+
+    def _repr_html_(self) -> str:
+        from llmfp.report import page
+
+        return page.fragment("notebook_fingerprint.html.jinja", self.to_json())
 
     def to_bytes(self) -> bytes:
         """What `save` writes."""

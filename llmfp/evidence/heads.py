@@ -15,7 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfp.evidence.permutation import Draw, Floats, matched, neighbouring, permuted, total_scale, two_sided_p, upper_p
+from llmfp.evidence.permutation import (
+    Draw,
+    Floats,
+    Histogram,
+    histogram,
+    matched,
+    neighbouring,
+    permuted,
+    total_scale,
+    two_sided_p,
+    upper_p,
+)
 from llmfp.evidence.residual import STRUCTURE_LEVEL, STRUCTURE_PERMUTATIONS, LayerMap, relative_layer_map
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
@@ -37,6 +48,7 @@ class Heads:
     layers        layer pairs compared
     blocks        what the vectors hold: norms, and coherence or spectra
     structure     p of each model's self-check: does a head look like its neighbour?
+    permuted      z of the permutations drawn, beside which z stands
     """
 
     z: float
@@ -48,6 +60,7 @@ class Heads:
     kv_heads: int
     blocks: tuple[str, ...]
     structure: tuple[float, float]
+    permuted: Histogram
 
 
 def head_symmetry(
@@ -111,6 +124,7 @@ def head_symmetry(
         kv_heads=groups,
         blocks=tuple(name for name, _, _ in shared),
         structure=(structure[0], structure[1]),
+        permuted=histogram((totals[1:] - totals[1:].mean()) / deviation),
     )
 
 
