@@ -10,7 +10,7 @@ import pytest
 
 from bench.report import report
 
-SUITES = ("kernels", "encodings", "readers", "scan", "deep", "hub", "sample")
+SUITES = ("kernels", "encodings", "readers", "scan", "deep", "hub", "sample", "registry")
 
 
 def main(arguments: list[str]) -> int:
