@@ -102,6 +102,16 @@ def test_a_key_keeps_its_numbers(where: str, fingerprint: Fingerprint) -> None:
     assert len(keys(registry)) == 1
 
 
+def test_what_is_added_again_is_known_by_the_later_row(where: str, fingerprint: Fingerprint) -> None:
+    """A local model whose files were touched: the same numbers, and a new stamp to know them by."""
+    registry = Registry.open(where, create=True)
+    for stamp in "cadbfe":
+        registry.add([(fingerprint, Origin("model", "digest:1", stamp=stamp))])
+        assert registry.table(["stamp"]).to_pylist() == [{"stamp": stamp}]
+    registry.compact()
+    assert registry.table(["stamp"]).to_pylist() == [{"stamp": "e"}]
+
+
 def test_a_sample_is_not_kept(where: str, fingerprint: Fingerprint) -> None:
     registry = Registry.open(where, create=True)
     with pytest.raises(RegistryError, match="org/a: rests on a sample"):
