@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -225,6 +226,7 @@ def test_killed_before_any_change_nothing_acknowledged_is_lost(tmp_path: Path, f
         after.compact()
         assert keys(after) == [(f"org/{n}", COMMIT) for n in range(4)]
         assert {problem.reason for problem in after.verify()} <= {"was removed"}
+        fsspec.filesystem("memory").rm(where, recursive=True)
         if alive:
             assert fatal > 15
             return
