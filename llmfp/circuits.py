@@ -368,6 +368,9 @@ class LayerGrams:
     def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
         """Rows of a chunk as float32, times its weights."""
         out = np.empty((rows, chunk.cols), np.float32) if out is None else out
+        if chunk.coding is not None and chunk.coding.packing == "down" and (before := first % 32):
+            out[:] = self._expand(chunk, first - before, before + rows)[before:]  # codes that come 32 rows at a time
+            return out
         weight = chunk.row_weight
         part = replace(
             chunk,
@@ -449,4 +452,7 @@ def _by_head(values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
 def _head_products(x: Float32, y: Float32) -> Float32:
     """Float32[heads of x, h, h]: x·yᵀ of each head of x and the head of y that it shares."""
     group = len(x) // len(y)
-    return np.stack([each @ y[head // group].T for head, each in enumerate(x)])
+    products = np.empty((len(x), x.shape[1], y.shape[1]), np.float32)
+    for head, each in enumerate(x):
+        np.matmul(each, y[head // group].T, out=products[head])
+    return products

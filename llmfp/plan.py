@@ -444,9 +444,10 @@ def _multiplied(p: Projection, rows: int, heads: LayerHeads) -> int:
     parts = [part for part in heads.parts if part.role is p.role]
     if not parts:
         return 0
-    if not p.residual_is_stored_rows:  # a head, its key head, and one that steps cut
+    if not p.residual_is_stored_rows:  # a head, its key head, and one that steps cut; codes that start before it
         size = max(part.size for part in parts)
-        return 12 * size * p.view.cols + 16 * size * size
+        before = 0 if p.view.tensor.encoding is None else 4 * (size + 32) * p.view.cols
+        return 12 * size * p.view.cols + before + 16 * size * size
     keys = heads.projections[heads.crossed[1].role].view.cols if heads.asks({p.role}) and heads.crossed else 0
     shares = sum(8 * part.heads * part.size**2 for part in parts)
     return 4 * rows * (p.view.cols + keys) + shares  # a unit in float32, its keys, and its share of all heads' products

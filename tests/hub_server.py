@@ -344,6 +344,12 @@ class HubServer:
             return None
         return self._blobs.get(blob)
 
+    def public_file(self, path: str) -> StoredFile | None:
+        """A file of a repo's main branch under /public/{org}/{name}/{file}, as any web server has files."""
+        found = re.fullmatch(r"/public/([^/]+/[^/]+)/(.+)", path)
+        repo = self.repos.get(found[1]) if found else None
+        return repo.commits[repo.refs["main"]].get(found[2]) if repo and found else None
+
     def _signature(self, blob: str, expires: int) -> str:
         return hmac.new(self._key, f"{blob} {expires}".encode(), "sha256").hexdigest()
 
@@ -730,13 +736,14 @@ class _EndpointHandler(_Handler):
 
 
 class _StorageHandler(_Handler):
-    """The storage: signed URLs, ranges, and no idea of tokens; one that arrives here anyway is recorded."""
+    """The storage: signed URLs, ranges, and no idea of tokens; one that arrives here anyway is recorded. Beside them,
+    files for everybody under /public."""
 
     def host_of(self, path: str) -> str:  # noqa: ARG002
         return "storage"
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
-        stored = self.hub.signed_blob(path, query)
+        stored = self.hub.public_file(path) or self.hub.signed_blob(path, query)
         if stored is None:
             self.send(403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
         else:

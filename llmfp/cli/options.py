@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+plain_option = click.option(
+    "--plain", is_flag=True, help="Print lines of fields with a tab between, numbers in full, for pipes."
+)
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )
@@ -38,6 +42,33 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
         return None if value is None else parse_share(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _page(_context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """A page that can be made and written: asked before the work, not after it."""
+    if value is not None:
+        from llmfp.report import page
+
+        check_writable(value, f"--{option.name}")
+        page.ready()
+    return value
+
+
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_page,
+    metavar="FILE.html",
+    help="Write a page that stands alone, for people who were not there.",
+)
+
+
+def check_writable(out: Path, hint: str) -> None:
+    """Fails before the work, not after it."""
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is not a directory", param_hint=hint)
+    if not os.access(out.parent, os.W_OK):
+        raise click.BadParameter(f"{out.parent} is not writable", param_hint=hint)
 
 
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:

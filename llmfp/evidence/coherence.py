@@ -59,6 +59,7 @@ class Coherence:
     nulls       how many unrelated models p comes from
     layer_map   aligned layers, by their numbers in each model
     matrix      correlations of all layers with all layers, None where a layer has no coherence
+    strangers   excess of each model beside every unrelated one
     """
 
     score: float
@@ -71,6 +72,7 @@ class Coherence:
     nulls: int
     layer_map: tuple[tuple[int, int], ...]
     matrix: tuple[tuple[float | None, ...], ...]
+    strangers: tuple[tuple[float, float], ...]
 
     @property
     def counts(self) -> bool:
@@ -119,6 +121,7 @@ def rotary_coherence(
         nulls=n,
         layer_map=tuple((a.layers[i], b.layers[j]) for i, j in found.pairs),
         matrix=tuple(tuple(None if math.isnan(r) else r for r in row) for row in found.matrix.tolist()),
+        strangers=tuple(usable),
     )
 
 

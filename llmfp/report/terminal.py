@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from llmfp.architecture.specs import ROLES, Role
 from llmfp.checkpoint import TensorSpec
@@ -11,6 +12,7 @@ from llmfp.plan import Plan
 from llmfp.report import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_STEPS = "▁▂▃▄▅▆▇█"
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 8, 4
 
 
@@ -86,6 +88,21 @@ def _stored_as(tensor: TensorSpec) -> str:
     return stored if tensor.lora is None else f"{stored} + adapter of rank {tensor.lora.a.shape[0]}"
 
 
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """A character per value, from the lowest to the highest in eight steps; a point where there is none.
+
+    More values than `width` are thinned out evenly. Plain digits 1 to 8 where the terminal has no Unicode.
+    """
+    if len(values) > width:
+        values = [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
+    known = [v for v in values if v is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    steps = _STEPS if _unicode() else "12345678"
+    return "".join(
+        "." if v is None else steps[round(7 * (v - low) / (high - low)) if high > low else 3] for v in values
+    )
+
+
 def size(nbytes: int) -> str:
     """A number of bytes in decimal units, three digits."""
     power = min(4, max(0, (len(str(nbytes)) - 1) // 3))
@@ -126,10 +143,14 @@ def _cell(std: float | None, largest: float, width: int) -> str:
 
 def _bar(share: float, width: int) -> str:
     """A horizontal bar; plain characters where the terminal has no Unicode."""
-    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+    if not _unicode():
         return "#" * round(share * width)
     full, part = divmod(round(share * width * 8), 8)
     return (_EIGHTHS[8] * full + _EIGHTHS[part]).rstrip()
+
+
+def _unicode() -> bool:
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def _run_lines(fingerprint: Fingerprint) -> list[str]:
