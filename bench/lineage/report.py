@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -87,7 +87,10 @@ def tables(found: list[Found], records: dict[str, Any], shapes: dict[str, tuple[
         if each.pair.kind == "strangers":
             strangers[each.pair.label].append(each)
     return {
-        "relations": _relations(found, strangers, shapes),
+        "relations": {
+            "in brief": _relations(found, strangers, shapes, _in_brief),
+            "one by one": _relations(found, strangers, shapes, lambda pair: pair.label),
+        },
         "strangers": {label: _strangers(some) for label, some in sorted(strangers.items())},
         "tokens": _tokens(found, records, strangers),
         "edits": _edits(found, records),
@@ -100,17 +103,20 @@ def tables(found: list[Found], records: dict[str, Any], shapes: dict[str, tuple[
 
 
 def _relations(
-    found: list[Found], strangers: dict[str, list[Found]], shapes: dict[str, tuple[Any, ...]]
+    found: list[Found],
+    strangers: dict[str, list[Found]],
+    shapes: dict[str, tuple[Any, ...]],
+    named: Callable[[Pair], str | None],
 ) -> list[dict[str, Any]]:
     """Kin, cousins and controls by what they are, each against strangers whose shapes differ as theirs do."""
-    groups = defaultdict[tuple[str, str, str], list[Found]](list)
+    groups = defaultdict[tuple[str, str, str, str], list[Found]](list)
     for each in found:
-        if each.pair.kind != "strangers":
-            architecture = shapes[each.pair.a][0]
-            groups[each.pair.kind, each.pair.label, architecture].append(each)
+        label = named(each.pair)
+        if each.pair.kind != "strangers" and label is not None:
+            a, b = shapes[each.pair.a], shapes[each.pair.b]
+            groups[each.pair.kind, label, a[0], _likeness(a, b)].append(each)
     rows = []
-    for (kind, label, architecture), some in groups.items():
-        alike = _likeness(shapes[some[0].pair.a], shapes[some[0].pair.b])
+    for (kind, label, architecture, alike), some in groups.items():
         group = f"{architecture}, {alike}"
         against = strangers.get(group) or strangers[f"{architecture}, same shape"]
         rows.append(
@@ -126,6 +132,15 @@ def _relations(
             }
         )
     return rows
+
+
+def _in_brief(pair: Pair) -> str | None:
+    """Formats as one; None for edits, which have a table of their own."""
+    steps = pair.label.split(", then ")
+    if any(step.startswith("edited") for step in steps):
+        return None
+    short = ["continued training" if len(steps) > 1 and step.startswith("continued") else step for step in steps]
+    return ", then ".join(step.split(":")[0] if "quantised" in step else step for step in short)
 
 
 def _likeness(a: tuple[Any, ...], b: tuple[Any, ...]) -> str:
@@ -260,7 +275,7 @@ def markdown(found: dict[str, Any]) -> str:
         "| relation | pairs | related | published score | residual | heads | coherence |",
         "|---|--:|--:|---|---|---|---|",
     ]
-    for row in sorted(found["relations"], key=lambda row: (row["architecture"], row["kind"] != "kin")):
+    for row in sorted(found["relations"]["in brief"], key=lambda row: (row["architecture"], row["kind"] != "kin")):
         cells = [
             "" if (cell := row["statistics"][name]) is None else f"{cell['true positives']:g} ({cell['AUC']:.3f})"
             for name in ("published score", "residual z", "heads z", "coherence excess")
