@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     records = {each["name"]: each for each in manifest["specimens"] if (folder / f"{each['name']}{SUFFIX}").exists()}
     shapes = {name: _shape(_load(folder, name)) for name in records}
     wanted = pairs(records, shapes)
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=_be_modest) as pool:
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=_one_thread) as pool:
         found = list(pool.map(_compare, wanted, [folder] * len(wanted), chunksize=16))
     made = tables(found, records, shapes)
     for name, content in made.items():
@@ -124,6 +124,7 @@ def _relations(
                 "kind": kind,
                 "relation": label,
                 "architecture": architecture,
+                "shapes": alike,
                 "pairs": len(some),
                 "verdicts": _verdicts(some),
                 "rests on": dict(Counter(test for each in some if each.verdict == "related" for test in each.rests_on)),
@@ -281,6 +282,7 @@ def markdown(found: dict[str, Any]) -> str:
             for name in ("published score", "residual z", "heads z", "coherence excess")
         ]
         label = f"{row['architecture']}: {row['relation']}"
+        label += "" if row["shapes"] == "same shape" else f" ({row['shapes']})"
         lines.append(f"| {label} | {row['pairs']} | {row['verdicts']['related']} | {' | '.join(cells)} |")
     lines += ["", "## Strangers", "", "| pairs of | pairs | related | residual p: KS | heads p: KS | coherence p: KS |"]
     lines += ["|---|--:|--:|---|---|---|"]
@@ -343,8 +345,7 @@ def _load(folder: Path, name: str) -> Fingerprint:
     return llmfp.load(folder / f"{name}{SUFFIX}")
 
 
-def _be_modest() -> None:
-    os.nice(19)
+def _one_thread() -> None:
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
 
