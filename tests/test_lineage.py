@@ -385,7 +385,7 @@ def test_pairs_are_called_what_they_are() -> None:
     assert strangers["a", "b"] == "llama, same shape"
     assert strangers["a", "s"] == "llama, other depth"
     assert strangers["a1", "b1"] == "worked on, both alike"
-    assert strangers["b", "a1"] == strangers["s", "b1"] == "worked on, one of them"
+    assert {b for (a, b), label in strangers.items() if label == "worked on, one of them"} >= {"a1", "a2-q", "b1"}
     roots = {name: set(each["roots"]) for name, each in RECORDS.items()}
     assert not any(roots[a] & roots[b] or {a, b} == {"a", "twin"} for a, b in strangers)
 
