@@ -10,9 +10,6 @@ from typing import Any
 Record = Mapping[str, Any]
 """A specimen as the manifest describes it."""
 
-SEVERAL = 4
-"""Roots that each descendant is compared with beside its own."""
-
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -85,7 +82,7 @@ def _controls(records: Mapping[str, Record]) -> Iterator[Pair]:
 def _worked_on(
     records: Mapping[str, Record], roots: list[str], shapes: Mapping[str, tuple[Any, ...]]
 ) -> Iterator[Pair]:
-    """Descendants of unlike roots: what was done to both alike, and each with a few roots that are not its own."""
+    """Descendants of unlike roots: what was done to both alike; and each with one root that is not its own."""
     descendants = [name for name, record in records.items() if record["parents"] and record["roots"] != [name]]
     for a, b in itertools.combinations(descendants, 2):
         done = relation(a, records)
@@ -95,8 +92,8 @@ def _worked_on(
         unlike = [
             each for each in roots if not _related(records[name], records[each]) and shapes[each][0] == shapes[name][0]
         ]
-        for step in range(min(SEVERAL, len(unlike))):
-            yield Pair("strangers", "worked on, one of them", unlike[(SEVERAL * turn + step) % len(unlike)], name)
+        if unlike:
+            yield Pair("strangers", "worked on, one of them", unlike[turn % len(unlike)], name)
 
 
 def _related(a: Record, b: Record) -> bool:

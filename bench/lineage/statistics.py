@@ -68,6 +68,7 @@ def uniformity(models: Sequence[str], p_values: Mapping[frozenset[str], float], 
         some = square[np.ix_(drawn, drawn)][np.triu_indices(len(models), 1)]
         distances.append(_between(np.sort(some[~np.isnan(some)]), values))
     return {
+        "models": len(models),
         "distance": round(distance, 4),
         "p, models drawn with replacement": round((1 + sum(each >= distance for each in distances)) / (1 + _ROUNDS), 3),
         "matchings": {
