@@ -25,7 +25,10 @@ from bench import ceilings
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = "llmfp.bench/1"
-LIBRARIES = ("numpy", "safetensors", "torch", "numkong", "runai-model-streamer", "fastsafetensors", "transformers")
+LIBRARIES = (
+    "numpy", "safetensors", "torch", "numkong", "runai-model-streamer", "fastsafetensors", "transformers",
+    "bitsandbytes", "compressed-tensors", "gguf", "hqq", "mlx",
+)  # fmt: skip
 Json = dict[str, Any]
 
 

@@ -622,7 +622,7 @@ def test_the_hub_cache_gives_revision_and_content_hash(tmp_path: Path) -> None:
     source = scan(snapshot).source
     assert source["revision"] == commit
     assert source["files"] == [
-        {"name": "model.safetensors", "bytes": (blobs / sha256).stat().st_size, "sha256": sha256}
+        {"name": "model.safetensors", "bytes": (blobs / sha256).stat().st_size, "sha256": sha256, "etag": None}
     ]
 
 

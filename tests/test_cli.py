@@ -196,8 +196,9 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
     found = scanned(run_main, checkpoint)
     assert set(found) == SCAN_KEYS
     assert found["schema"] == "llmfp.fingerprint/1"
-    assert set(found["source"]) == {"name", "base", "repo", "url", "revision", "model_type", "files"}
+    assert set(found["source"]) == {"name", "base", "repo", "url", "revision", "model_type", "stored_as", "files"}
     assert found["source"]["name"] == "small-llama"
+    assert found["source"]["stored_as"] == ["F32"]
     assert set(found["source"]["files"][0]) == {"name", "bytes", "sha256", "etag"}
     assert (found["architecture"], found["layers"]) == ("llama", [0, 1, 2])
     assert (found["heads"], found["kv_heads"], found["head_dim"], found["hidden_size"]) == (4, 2, 8, 24)
@@ -471,7 +472,8 @@ IMPORTED = """
 import sys
 from llmfp.__main__ import main
 code = main(sys.argv[1:]) if sys.argv[1:] else 0
-print(*sorted({"torch", "triton", "numpy", "safetensors"} & set(sys.modules)), file=sys.stderr)
+heavy = {"torch", "triton", "numpy", "safetensors", "ssl", "http", "huggingface_hub"}
+print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
 

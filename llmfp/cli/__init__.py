@@ -8,7 +8,7 @@ import click
 
 import llmfp
 
-COMMANDS = ("scan", "plan", "show", "compare", "backends")
+COMMANDS = ("scan", "plan", "show", "compare", "identify", "batch", "registry", "atlas", "attest", "backends")
 
 
 class LazyGroup(click.Group):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmfp import __version__
 from llmfp.errors import LlmfpError
 from llmfp.evidence import null as nulls
 from llmfp.evidence.alignment import align, layer_vectors, similarity
@@ -16,7 +17,13 @@ from llmfp.evidence.residual import STRUCTURE_LEVEL, LayerMap, Residual, relativ
 from llmfp.evidence.verdict import Missing, Outcome, Verdict, decide, same_weights
 from llmfp.fingerprint import Fingerprint, TowerFingerprint, kind, main_tower
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
+
 SCHEMA = "llmfp.comparison/1"
+PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")
 TESTS = ("residual", "heads", "coherence", "profile")
 """By what they can show, strongest last resort first."""
 ESCAPES = {
@@ -30,11 +37,17 @@ MISSED = (
     "replacing or retraining the attention weights themselves",
 )
 """What no test here can see."""
+LARGEST = {"layers": 512, "heads": 512, "hidden size": 1 << 17}
+"""Of a tower that is compared: time and memory go with the squares of layers and heads; a small file claims many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two models, as far as the comparison speaks of it."""
+    """One of the two models, as far as the comparison speaks of it.
+
+    std          σ by role, a number for each of layer_numbers; None where a layer has none
+    source, run  where the fingerprint comes from, and what made it, as in its own JSON
+    """
 
     name: str
     architecture: str
@@ -42,6 +55,10 @@ class Side:
     layers: int
     hidden_size: int
     digest: str
+    layer_numbers: tuple[int, ...]
+    std: Mapping[str, Sequence[float | None]]
+    source: Mapping[str, Any]
+    run: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +73,8 @@ class Comparison:
     a: Side
     b: Side
     alpha: float
+    permutations: int
+    seed: int
     decision: Verdict
     profile: Profile
     null: nulls.Place | None
@@ -89,6 +108,9 @@ class Comparison:
             "p_value": self.p_value,
             "basis": self.basis,
             "alpha": self.alpha,
+            "permutations": self.permutations,
+            "seed": self.seed,
+            "versions": {"llmfp": __version__},
             "rests_on": list(self.decision.rests_on),
             "a": asdict(self.a),
             "b": asdict(self.b),
@@ -100,6 +122,30 @@ class Comparison:
             "missed": list(self.missed),
             "caveats": list(self.caveats),
         }
+
+    def plot(self) -> Figure:
+        """A Matplotlib figure of both models' σ and of every test. Raises LlmfpError where Matplotlib is missing."""
+        from llmfp.report import figures
+
+        return figures.of_comparison(self.to_json())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per test (report.tables.tests). Raises LlmfpError without pandas."""
+        from llmfp.report import tables
+
+        return tables.to_pandas(tables.tests(self.to_json()))
+
+    def to_arrow(self) -> pa.Table:
+        """The same rows for Arrow. Raises LlmfpError without pyarrow."""
+        from llmfp.report import tables
+
+        return tables.to_arrow(tables.tests(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        from llmfp.report import page
+
+        found = self.to_json()
+        return page.fragment("notebook_comparison.html.jinja", found, tests=page.tests(found))
 
 
 def compare(
@@ -149,6 +195,8 @@ def compare(
         a=sides[0],
         b=sides[1],
         alpha=alpha,
+        permutations=permutations,
+        seed=seed,
         decision=decision,
         profile=scores,
         null=None if isinstance(place, Missing) else place,
@@ -168,24 +216,42 @@ def _tower(fingerprint: Fingerprint, wanted: str | None) -> tuple[str, TowerFing
             f"{fingerprint.source['name']}: no {name} tower, only {', '.join(fingerprint.towers)}",
             hint="leave --tower out to compare the main towers",
         )
-    return name, fingerprint.towers[name]
+    tower = fingerprint.towers[name]
+    sizes = {"layers": len(tower.layers), "heads": tower.heads or 0, "hidden size": tower.hidden_size}
+    for what, size in sizes.items():
+        if size > LARGEST[what]:
+            raise LlmfpError(
+                f"{fingerprint.source['name']}: {what} {size}, and no more than {LARGEST[what]} are compared"
+            )
+    return name, tower
 
 
 def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:
     return Side(
         fingerprint.source["name"], fingerprint.architecture, name, len(tower.layers), tower.hidden_size,
-        fingerprint.digest,
+        fingerprint.digest, tower.layers, tower.std, fingerprint.source, fingerprint.run,
     )  # fmt: skip
 
 
 def _identical(a: Fingerprint, b: Fingerprint, tower_a: TowerFingerprint, tower_b: TowerFingerprint) -> bool:
     """Whether both come from the same weights; weights that are all alike come from nowhere, a sample is not all."""
     varied = any(std for column in tower_a.std.values() for std in column)
-    return varied and a.sample is b.sample is None and a.digest == b.digest and tower_a.statistics == tower_b.statistics
+    return varied and a.sample is b.sample is None and a.digest == b.digest and _same(tower_a, tower_b)
 
 
 def _same(one: TowerFingerprint, *others: TowerFingerprint) -> bool:
-    return any(one.statistics == other.statistics for other in others)
+    """Whether all statistics of one are those of another, to the bit: a NaN is its own equal."""
+    return any(_bits(one) == _bits(other) for other in others)
+
+
+def _bits(tower: TowerFingerprint) -> list[tuple[str, list[object]]]:
+    def exact(value: object) -> object:
+        return value.hex() if isinstance(value, float) else value
+
+    return [
+        (role, [None if s is None else [exact(getattr(s, field)) for field in s.__slots__] for s in column])
+        for role, column in sorted(tower.statistics.items())
+    ]
 
 
 class _Alignment(NamedTuple):
@@ -251,6 +317,9 @@ def _caveats(
 ) -> list[str]:
     caveats = []
     for fingerprint, side in zip((a, b), sides, strict=True):
+        quantised = [name for name in fingerprint.source.get("stored_as", []) if name not in PLAIN_FLOATS]
+        if quantised:
+            caveats.append(f"{side.name}: quantised weights ({', '.join(quantised)}), compared as they are rounded")
         if len(fingerprint.towers) > 1:
             caveats.append(f"{side.name}: of the towers {', '.join(fingerprint.towers)} only {side.tower} is compared")
     if sides[0].tower != sides[1].tower:
@@ -284,4 +353,5 @@ def _null_json(place: nulls.Place | None) -> dict[str, Any] | None:
     return {
         "n": place.n, "percentile": place.percentile, "p_value": place.p_value, "kind": place.kind,
         "families": list(place.families), "everywhere": everywhere,
+        "strangers": [asdict(each) for each in place.strangers],
     }  # fmt: skip

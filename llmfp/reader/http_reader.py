@@ -6,6 +6,8 @@ for theirs. A range that somebody waits for is fetched before all others.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -18,20 +20,17 @@ from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 from llmfp.reader.fetches import FETCH_BYTES, Fetch, Want, fetches
 
-_KEPT_BUFFERS_FROM = 1 << 20
-
 
 class _Range:
     """A fetch under way: its buffer once it is there, and how many reads of it are still to come."""
 
-    __slots__ = ("buffer", "error", "fetch", "state", "uses")
+    __slots__ = ("buffer", "fetch", "state", "uses")
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
         self.uses = len(fetch.wants)
         self.state = "planned"
-        self.buffer: bytearray | None = None
-        self.error: BaseException | None = None
+        self.buffer: mmap.mmap | None = None
 
 
 class HttpReader:
@@ -48,13 +47,14 @@ class HttpReader:
         self._client = client
         self._changed = threading.Condition()
         self._stopped = False
+        self._error: BaseException | None = None
         self._ranges: list[_Range] = []
         self._reads: defaultdict[Want, deque[_Range]] = defaultdict(deque)
         self._waited_for: deque[_Range] = deque()
         self._next = 0
         self._window = 0
         self._held = 0  # bytes in buffers, those kept for the next range included
-        self._spare: list[bytearray] = []
+        self._spare: list[mmap.mmap] = []
         self._threads: list[threading.Thread] = []
         self._local = threading.local()
 
@@ -78,15 +78,15 @@ class HttpReader:
                 if found.state == "planned":
                     self._waited_for.append(found)
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopped or found.state in ("there", "failed"))
+                self._changed.wait_for(lambda: self._stopped or self._error or found.state == "there")
+            if self._error is not None:  # of any range: the scan cannot be finished, whatever else arrives
+                raise self._error
             if self._stopped:
                 raise CheckpointError("reading was given up")
         if found is None:  # not foreseen: read for this thread alone
             buffer = bytearray(step.nbytes)
             self._receive(step.shard, step.offset_bytes, memoryview(buffer))
             return memoryview(buffer), 0
-        if found.error is not None:
-            raise found.error
         assert found.buffer is not None
         self._local.range = found
         return memoryview(found.buffer), step.offset_bytes - found.fetch.offset_bytes
@@ -103,7 +103,7 @@ class HttpReader:
         with self._changed:
             found.uses -= 1
             if not found.uses and found.buffer is not None:
-                self._put_back(found.buffer)
+                self._spare.append(found.buffer)
                 found.buffer = None
                 self._changed.notify_all()
 
@@ -119,21 +119,26 @@ class HttpReader:
             thread.join()
         self._ranges.clear()
         self._reads.clear()
-        self._spare.clear()
+        while self._spare:
+            self._let_go(self._spare.pop())
 
     def _work(self) -> None:
         while (found := self._take()) is not None:
             fetch = found.fetch
             assert found.buffer is not None
+            failed: BaseException | None = None
             try:
                 self._receive(fetch.shard, fetch.offset_bytes, memoryview(found.buffer)[: fetch.nbytes])
-                state = "there"
-            except BaseException as error:  # handed to whoever waits for it
-                found.error = error
-                state = "failed"
+            except BaseException as error:  # handed to whoever reads
+                failed = error
             with self._changed:
-                found.state = state
+                if failed is None:
+                    found.state = "there"
+                elif not self._stopped:
+                    self._error = self._error or failed
                 self._changed.notify_all()
+            if failed is not None:
+                return
 
     def _take(self) -> _Range | None:
         """The next range and a buffer for it; None when there is nothing left to do."""
@@ -159,23 +164,23 @@ class HttpReader:
         found.buffer = self._buffer(found.fetch.nbytes)
         return found
 
-    def _buffer(self, nbytes: int) -> bytearray:
+    def _buffer(self, nbytes: int) -> mmap.mmap:
         """A buffer of that size or more; used before if possible, since new memory costs as much as receiving."""
-        fitting = [spare for spare in self._spare if nbytes <= len(spare) <= max(2 * nbytes, _KEPT_BUFFERS_FROM)]
+        fitting = [spare for spare in self._spare if nbytes <= len(spare) <= 2 * nbytes]
         if fitting:
             buffer = min(fitting, key=len)
             self._spare.remove(buffer)
             return buffer
         while self._spare and self._held + nbytes > self._window:
-            self._held -= len(self._spare.pop())
-        self._held += nbytes
-        return bytearray(nbytes)
+            self._let_go(self._spare.pop())
+        buffer = mmap.mmap(-1, max(nbytes, 1))  # unlike the allocator's, given back to the system at once
+        self._held += len(buffer)
+        return buffer
 
-    def _put_back(self, buffer: bytearray) -> None:
-        if len(buffer) >= _KEPT_BUFFERS_FROM:
-            self._spare.append(buffer)
-        else:
-            self._held -= len(buffer)
+    def _let_go(self, buffer: mmap.mmap) -> None:
+        self._held -= len(buffer)
+        with contextlib.suppress(BufferError):  # after an error its traceback may still hold a view
+            buffer.close()
 
     def _receive(self, shard: int, offset: int, view: memoryview) -> None:
         file = self._files[shard]
