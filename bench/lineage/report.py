@@ -98,7 +98,7 @@ def tables(found: list[Found], records: dict[str, Any], shapes: dict[str, tuple[
         "edits": _edits(found, records),
         "pairs": [
             {"kind": each.pair.kind, "label": each.pair.label, "a": each.pair.a, "b": each.pair.b}
-            | {"verdict": each.verdict, **each.numbers}
+            | {"verdict": each.verdict, "rests on": list(each.rests_on), **each.numbers}
             for each in found
         ],
     }  # fmt: skip

@@ -203,7 +203,7 @@ def _opt_rewrites(child: str, corpus: str) -> Iterator[Specimen]:
 
 def _rewritten(parent: str, corpus: str, table: dict[str, rewrites.Rewrite]) -> Iterator[Specimen]:
     for number, (label, rewrite) in enumerate(table.items()):
-        make = partial(rewritten, rewrite=rewrite, seed=7000 + number)
+        make = partial(rewritten, rewrite=rewrite, seed=7000 + number + _apart(parent))
         yield Specimen(f"{parent}-{_slug(label)}", f"rewritten: {label}", (parent,), make, corpus, same_function=True)
 
 
@@ -215,19 +215,28 @@ def _quantised(parents: Iterable[str], corpora: dict[str, str], formats: Iterabl
             )
 
 
+def _apart(parent: str) -> int:
+    """Added to seeds, so that no two bases of one shape share random numbers: common noise would make them kin."""
+    return 100_000 * int(parent[1])
+
+
 def _edited(parent: str, corpus: str) -> Iterator[Specimen]:
     """Noise and near-free edits; of those, Llama's only where heads and pairs are Llama's."""
     makers: dict[str, Callable[..., Model]] = {
-        f"noise {share:.0%}": partial(edits.add_noise, share=share, seed=8000) for share in NOISE
+        f"noise {share:.0%}": partial(edits.add_noise, share=share, seed=8000 + _apart(parent)) for share in NOISE
     }
     for share, part in ((1.0, 0.5), (3.0, 0.5), (3.0, 0.75)):
         label = f"weak directions {part:.0%} noise {share:.0%}"
-        makers[label] = partial(edits.disturb_weak, share=share, part=part, corpus_name=corpus, seed=8100)
+        makers[label] = partial(
+            edits.disturb_weak, share=share, part=part, corpus_name=corpus, seed=8100 + _apart(parent)
+        )
     for heads in (1, 2):
         makers[f"{heads} of 4 heads zeroed"] = partial(edits.zero_weak_heads, per_layer=heads)
     if not parent.startswith("o"):
         for pairs in (4, 8):
-            makers[f"{pairs} of 16 slow pairs mixed"] = partial(edits.mix_slow_pairs, pairs=pairs, seed=8200)
+            makers[f"{pairs} of 16 slow pairs mixed"] = partial(
+                edits.mix_slow_pairs, pairs=pairs, seed=8200 + _apart(parent)
+            )
     for label, make in makers.items():
         yield Specimen(f"{parent}-{_slug(label)}", f"edited: {label}", (parent,), make, corpus)
 
