@@ -5,27 +5,36 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmfp import __version__, engine
 from llmfp import fingerprint as fingerprints
 from llmfp.architecture import AttentionMap, match
 from llmfp.checkpoint import Checkpoint, open_checkpoint
 from llmfp.checkpoint.adapter import is_adapter, open_adapted
+from llmfp.checkpoint.live import open_live
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.kernels import Backend, select
+from llmfp.kernels import on as backend_on
 from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
 
 if TYPE_CHECKING:
+    import torch
+
     from llmfp.evidence.comparison import Comparison
+
+Source: TypeAlias = "str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]"
+"""What can be scanned: a path, or a model that is loaded already."""
 
 
 def scan(
-    source: str | os.PathLike[str],
+    source: Source,
     *,
+    config: Mapping[str, Any] | None = None,
     base: str | os.PathLike[str] | None = None,
     tower: str | None = None,
     backend: str = "auto",
@@ -38,6 +47,9 @@ def scan(
 ) -> Fingerprint:
     """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
 
+    A live torch.nn.Module, or its state dict, is read where it is, on whatever device, without a copy.
+
+    config        what config.json would say of a state dict; a model has its own
     base          the model below `source`, which is an adapter: the result is that of the two merged
     tower         decoder, encoder, cross or vision alone; the language model's towers when None
     backend       auto, native_cpu, torch_fallback, triton_gpu or reference
@@ -50,11 +62,28 @@ def scan(
 
     Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
     """
+    if not isinstance(source, str | os.PathLike):
+        return _scan_live(source, config, tower, backend, threads, memory_bytes, deep, planned, progress)
     path = Path(source)
     if fingerprints.is_fingerprint(path):
         return fingerprints.load(path)
     start = time.perf_counter()
-    checkpoint, attention, chosen, opened = _open(path, base, tower, backend, reader)
+    return _run(*_open(path, base, tower, backend, reader), start, threads, memory_bytes, deep, planned, progress)
+
+
+def _run(
+    checkpoint: Checkpoint,
+    attention: AttentionMap,
+    chosen: Backend,
+    opened: Reader,
+    start: float,
+    threads: int | None,
+    memory_bytes: int,
+    deep: bool,
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+) -> Fingerprint:
+    """Plans, reads and reduces what was opened, and closes it."""
     try:
         plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
         if planned is not None:
@@ -63,6 +92,32 @@ def scan(
     finally:
         opened.close()
     return _fingerprint(plan_, result, chosen, opened, time.perf_counter() - start)
+
+
+def _scan_live(
+    source: torch.nn.Module | Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    tower: str | None,
+    backend: str,
+    threads: int | None,
+    memory_bytes: int,
+    deep: bool,
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+) -> Fingerprint:
+    from llmfp.reader.tensor_reader import TensorReader, attention_tensors
+
+    start = time.perf_counter()
+    checkpoint = open_live(source, config)
+    attention = match(checkpoint, tower)
+    elsewhere = [str(t.device) for t in attention_tensors(checkpoint, attention) if t.device.type != "cpu"]
+    if backend == "auto" and elsewhere:
+        chosen, note = backend_on(elsewhere[0])
+        checkpoint = replace(checkpoint, caveats=(note,) if note else ())
+    else:
+        chosen = select(backend)
+    reader = TensorReader(checkpoint, attention, chosen)
+    return _run(checkpoint, attention, chosen, reader, start, threads, memory_bytes, deep, planned, progress)
 
 
 def plan(
@@ -149,7 +204,7 @@ def _plan(
         checkpoint,
         attention,
         backend,
-        threads=threads,
+        threads=threads if reader.max_threads is None else min(threads or reader.max_threads, reader.max_threads),
         min_threads=reader.min_threads,
         step_bytes=reader.step_bytes,
         extra_bytes=reader.extra_bytes,

@@ -262,7 +262,7 @@ class LayerGrams:
             if values is None:
                 continue
             if self.heads.projections[role].centred:
-                values = values - values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+                values = self._centre(values)
             self._parts[role].products[head] = _product(values, values)
             if role is Role.Q:
                 kv_head = head // group
@@ -277,7 +277,7 @@ class LayerGrams:
         if stop - first == size:
             return self._expand(chunk, first - row, size)
         with self._lock:
-            cut = self._cut.setdefault((role, head), _CutHead(np.empty((size, chunk.cols), np.float32)))
+            cut = self._cut.setdefault((role, head), _CutHead(self._empty(size, chunk.cols, chunk)))
         at = first - head * size
         self._expand(chunk, first - row, stop - first, cut.values[at : at + stop - first])
         with self._lock:
@@ -290,11 +290,11 @@ class LayerGrams:
         for first in range(0, chunk.rows, chunk.unit_rows):
             rows = min(chunk.unit_rows, chunk.rows - first)
             values = self._expand(chunk, first, rows)
-            products, cross = _head_products(values, values, part.heads, part.heads), None
+            products, cross = self._head_products(values, values, part.heads, part.heads), None
             if role is Role.Q:
                 beside = self._key_rows(row + first, rows) if keys is None else self._expand(keys, first, rows)
-                cross = _head_products(values, beside, part.heads, self.heads.kv_heads)
-            sums = values.sum(axis=0, dtype=np.float64).reshape(part.heads, -1) if part.centred else None
+                cross = self._head_products(values, beside, part.heads, self.heads.kv_heads)
+            sums = self._sum_rows(values).reshape(part.heads, -1) if part.centred else None
             shares.append((products, sums, cross))
         with self._lock:
             for products, sums, cross in part.in_order(position, shares):
@@ -307,28 +307,65 @@ class LayerGrams:
     def _key_rows(self, first: int, rows: int) -> Float32:
         """Stored rows [first, first + rows) of K, expanded and, where heads run along them, centred."""
         k = self.heads.projections[Role.K]
-        values = np.empty((rows, k.view.cols), np.float32)
+        values = self._empty(rows, k.view.cols, self._keys[0][1])
         for start, chunk in self._keys:
             begin, stop = max(first, start), min(first + rows, start + chunk.rows)
             if begin < stop:
                 self._expand(chunk, begin - start, stop - begin, values[begin - first : stop - first])
         if k.centred and not k.residual_is_stored_rows:
-            values -= values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+            values = self._centre(values)
         return values
+
+    # What differs where matrices lie on a device (llmfp.device_circuits).
+
+    def _empty(self, rows: int, cols: int, _like: Chunk) -> Float32:
+        """Room for expanded rows, where the chunk's are expanded."""
+        return np.empty((rows, cols), np.float32)
 
     def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
         """Rows of a chunk as float32, times its weights."""
-        out = np.empty((rows, chunk.cols), np.float32) if out is None else out
-        weight = chunk.row_weight
-        part = replace(
-            chunk,
-            rows=rows,
-            offset_bytes=chunk.offset_bytes + first_stored_row(chunk, first) * chunk.row_stride_bytes,
-            first_row=chunk.first_row + first,
-            row_weight=None if weight is None else memoryview(weight).cast("B")[4 * first : 4 * (first + rows)],
-        )
-        self._backend.expand(part, out.data.cast("B"))
+        out = self._empty(rows, chunk.cols, chunk) if out is None else out
+        self._backend.expand(rows_of(chunk, first, rows), out.data.cast("B"))
         return out
+
+    def _centre(self, values: Float32) -> Float32:
+        """Rows less their means."""
+        centred: Float32 = values - values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        return centred
+
+    def _sum_rows(self, values: Float32) -> Float64:
+        total: Float64 = values.sum(axis=0, dtype=np.float64)
+        return total
+
+    def _head_products(self, x: Float32, y: Float32, heads_x: int, heads_y: int) -> Float32:
+        """Float32[heads of x, h, h]: xᵀ·y over the rows for each head of x and the head of y that it shares."""
+        by_head_x = x.reshape(len(x), heads_x, -1).transpose(1, 2, 0)
+        by_head_y = y.reshape(len(y), heads_y, -1).transpose(1, 0, 2)
+        group = heads_x // heads_y
+        return np.stack([by_head_x[head] @ by_head_y[head // group] for head in range(heads_x)])
+
+
+def layer_grams(
+    heads: LayerHeads, backend: Backend, steps: Mapping[Role, int], keys_are_here: threading.Event
+) -> LayerGrams:
+    """What gathers one layer's Gram matrices, where the back end's chunks lie."""
+    if backend.takes_tensors:
+        from llmfp.device_circuits import DeviceGrams  # imports torch when it works
+
+        return DeviceGrams(heads, backend, steps, keys_are_here)
+    return LayerGrams(heads, backend, steps, keys_are_here)
+
+
+def rows_of(chunk: Chunk, first: int, rows: int) -> Chunk:
+    """Some of a chunk's rows, as a chunk."""
+    weight = chunk.row_weight
+    return replace(
+        chunk,
+        rows=rows,
+        offset_bytes=chunk.offset_bytes + first_stored_row(chunk, first) * chunk.row_stride_bytes,
+        first_row=chunk.first_row + first,
+        row_weight=None if weight is None else memoryview(weight).cast("B")[4 * first : 4 * (first + rows)],
+    )
 
 
 def first_stored_row(chunk: Chunk, row: int) -> int:
@@ -383,11 +420,3 @@ def _product(x: Float32, y: Float32) -> Float64:
     for start in range(0, x.shape[1], BLOCK):
         total += x[:, start : start + BLOCK] @ y[:, start : start + BLOCK].T
     return total
-
-
-def _head_products(x: Float32, y: Float32, heads_x: int, heads_y: int) -> Float32:
-    """Float32[heads of x, h, h]: xᵀ·y over the rows for each head of x and the head of y that it shares."""
-    by_head_x = x.reshape(len(x), heads_x, -1).transpose(1, 2, 0)
-    by_head_y = y.reshape(len(y), heads_y, -1).transpose(1, 0, 2)
-    group = heads_x // heads_y
-    return np.stack([by_head_x[head] @ by_head_y[head // group] for head in range(heads_x)])

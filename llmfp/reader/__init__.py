@@ -9,14 +9,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llmfp.architecture import AttentionMap
 from llmfp.checkpoint import Checkpoint, Shard
+from llmfp.checkpoint.live import LiveCheckpoint
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer
 from llmfp.plan import Step
+
+if TYPE_CHECKING:
+    import torch
 
 READERS = ("auto", "mmap", "pread")
 _SAMPLES = 64
@@ -32,8 +36,10 @@ class Reader(Protocol):
     """Resident bytes that one read can cost beyond its own."""
     min_threads: int
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
+    max_threads: int | None
+    """The most threads that may read; None for any number."""
 
-    def read(self, step: Step) -> tuple[Buffer, int]:
+    def read(self, step: Step) -> tuple[Buffer | torch.Tensor, int]:
         """A buffer and the position in it of the step's first byte; valid until this thread's next `read` or `release`.
 
         Raises CheckpointError when the file has changed, OSError when it cannot be read.
@@ -56,6 +62,10 @@ def open_reader(
 
     Finding that out reads one byte of some tensors; without `probe`, `auto` takes them for cached.
     """
+    if isinstance(checkpoint, LiveCheckpoint):
+        from llmfp.reader.tensor_reader import TensorReader
+
+        return TensorReader(checkpoint, attention, backend)
     from llmfp.reader.mmap_reader import MmapReader
     from llmfp.reader.pread_reader import PreadReader
 

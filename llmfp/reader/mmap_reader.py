@@ -25,6 +25,7 @@ class MmapReader:
     step_bytes = 8 << 20
     extra_bytes = 4 << 20  # 2 MiB mapped along with either end
     min_threads = 1
+    max_threads: int | None = None
 
     @staticmethod
     def why_unavailable() -> str | None:

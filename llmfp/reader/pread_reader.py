@@ -23,6 +23,7 @@ class PreadReader:
     step_bytes = 2 << 20
     extra_bytes = 0
     min_threads = 4
+    max_threads: int | None = None
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
