@@ -79,20 +79,26 @@ def load(name: str) -> Backend:
     return backend
 
 
-def on(device: str) -> tuple[Backend, str]:
-    """The best back end for tensors on a torch device, and, where it is not the fused one, why; else ''.
+def on(device: str, name: str = "auto") -> tuple[Backend, str]:
+    """The best back end for a torch device, or the named one, and, where it is not the fused one, why; else ''.
 
-    Raises BackendError for a device that cannot be used."""
+    Raises BackendError for a device, or a back end, that cannot be used."""
     from llmfp.kernels.torch_fallback import TorchFallback
 
+    if name in ("native_cpu", "reference"):
+        raise BackendError(f"back end {name} computes on the CPU, not on {device}", hint="leave out --backend")
     reason = f"Triton has no kernels for {device.partition(':')[0]}"
-    if device.startswith("cuda"):
+    if name == "torch_fallback":
+        reason = "asked for"
+    elif device.startswith("cuda"):
         from llmfp.kernels.triton_gpu import TritonGpu
 
         fused = TritonGpu(device)
         reason = fused.why_unavailable() or fused.why_broken() or ""
         if not reason:
             return fused, ""
+    if name == "triton_gpu":
+        raise BackendError(f"back end {name} cannot run on {device}: {reason}", hint="leave out --backend")
     plain = TorchFallback(device)
     if why := plain.why_unavailable():
         raise BackendError(f"device {device} cannot be used: {why}", hint="llmfp-fast backends lists what can run here")

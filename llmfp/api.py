@@ -16,19 +16,24 @@ from llmfp.architecture import AttentionMap, match
 from llmfp.checkpoint import Checkpoint, open_checkpoint
 from llmfp.checkpoint.adapter import is_adapter, open_adapted
 from llmfp.checkpoint.live import open_live
+from llmfp.errors import CheckpointError, LlmfpError
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
+from llmfp.hub.source import looks_remote
 from llmfp.kernels import Backend, select
 from llmfp.kernels import on as backend_on
-from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
+from llmfp.plan import DEFAULT_DEVICE_MEMORY, DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
+from llmfp.sample import CONFIDENCE
 
 if TYPE_CHECKING:
     import torch
 
     from llmfp.evidence.comparison import Comparison
+    from llmfp.hub.client import Client
 
 Source: TypeAlias = "str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]"
 """What can be scanned: a path, or a model that is loaded already."""
+_Opened: TypeAlias = tuple[Checkpoint, AttentionMap, Backend, Reader]
 
 
 def scan(
@@ -42,10 +47,15 @@ def scan(
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    client: Client | None = None,
+    device: str = "cpu",
+    device_memory_bytes: int = DEFAULT_DEVICE_MEMORY,
     planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded.
+    """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded; or a model
+    of the Hub (ORG/NAME, ORG/NAME@REVISION, hf://…) or the address of a weight file, read where it is.
 
     A live torch.nn.Module, or its state dict, is read where it is, on whatever device, without a copy.
 
@@ -57,67 +67,113 @@ def scan(
     threads       as many as there are cores when None; changes no bit of the result
     memory_bytes  bound on resident memory beyond what planning takes; changes no bit of the result
     deep          also look at what heads compute (llmfp.circuits), which comparisons ask for and plain σ does not
+    sample        the share of every tensor's rows to read, 0.1 for example; σ then has an interval (llmfp.sample)
+    client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
+    device        what reduces the weights of files: cpu; cuda (all GPUs), cuda:N, mps; or auto, by rates measured here
+    device_memory_bytes   bound on memory of each device
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
     Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
     """
-    if not isinstance(source, str | os.PathLike):
-        return _scan_live(source, config, tower, backend, threads, memory_bytes, deep, planned, progress)
-    path = Path(source)
-    if fingerprints.is_fingerprint(path):
-        return fingerprints.load(path)
     start = time.perf_counter()
-    return _run(*_open(path, base, tower, backend, reader), start, threads, memory_bytes, deep, planned, progress)
+    planning: dict[str, Any] = {"threads": threads, "memory_bytes": memory_bytes, "deep": deep, "sample": sample}
+    if not isinstance(source, str | os.PathLike):
+        return _run(_open_live(source, config, tower, backend), planning, planned, progress, start)
+    path = Path(source)
+    if fingerprints.is_fingerprint(path) and not looks_remote(source):
+        return fingerprints.load(path)
+    reading: dict[str, Any] = {"base": base, "tower": tower, "backend": backend, "reader": reader, "client": client}
+    why = None
+    if device == "auto":
+        device, why = _choose_device(source, reading, planning)
+    if device == "cpu":
+        return _run(_open(source, **reading), planning, planned, progress, start, why=why)
+    return _scan_on(device, why, device_memory_bytes, source, reading, planning, planned, progress, start)
 
 
 def _run(
-    checkpoint: Checkpoint,
-    attention: AttentionMap,
-    chosen: Backend,
-    opened: Reader,
-    start: float,
-    threads: int | None,
-    memory_bytes: int,
-    deep: bool,
+    opened: _Opened,
+    planning: Mapping[str, Any],
     planned: Callable[[Plan], None] | None,
     progress: engine.Progress | None,
+    start: float,
+    device: str = "cpu",
+    why: str | None = None,
 ) -> Fingerprint:
     """Plans, reads and reduces what was opened, and closes it."""
+    checkpoint, attention, chosen, reader = opened
     try:
-        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
+        plan_ = _plan(checkpoint, attention, chosen, reader, **planning)
         if planned is not None:
             planned(plan_)
-        result = engine.run(plan_, chosen, opened, progress)
+        result = engine.run(plan_, chosen, reader, progress)
     finally:
-        opened.close()
-    return _fingerprint(plan_, result, chosen, opened, time.perf_counter() - start)
+        reader.close()
+    fingerprint = _fingerprint(plan_, result, chosen, reader, time.perf_counter() - start)
+    return replace(fingerprint, run={**fingerprint.run, "device": device, "device_why": why})
 
 
-def _scan_live(
+def _open_live(
     source: torch.nn.Module | Mapping[str, torch.Tensor],
     config: Mapping[str, Any] | None,
     tower: str | None,
     backend: str,
-    threads: int | None,
-    memory_bytes: int,
-    deep: bool,
-    planned: Callable[[Plan], None] | None,
-    progress: engine.Progress | None,
-) -> Fingerprint:
+) -> _Opened:
     from llmfp.reader.tensor_reader import TensorReader, attention_tensors
 
-    start = time.perf_counter()
-    checkpoint = open_live(source, config)
+    checkpoint: Checkpoint
+    checkpoint = live = open_live(source, config)
     attention = match(checkpoint, tower)
-    elsewhere = [str(t.device) for t in attention_tensors(checkpoint, attention) if t.device.type != "cpu"]
-    if backend == "auto" and elsewhere:
-        chosen, note = backend_on(elsewhere[0])
+    elsewhere = [str(t.device) for t in attention_tensors(live, attention) if t.device.type != "cpu"]
+    if elsewhere:
+        chosen, note = backend_on(elsewhere[0], backend)
         checkpoint = replace(checkpoint, caveats=(note,) if note else ())
     else:
         chosen = select(backend)
-    reader = TensorReader(checkpoint, attention, chosen)
-    return _run(checkpoint, attention, chosen, reader, start, threads, memory_bytes, deep, planned, progress)
+    return checkpoint, attention, chosen, TensorReader(live, attention, chosen)
+
+
+def _choose_device(source: str | os.PathLike[str], reading: Mapping[str, Any], planning: Any) -> tuple[str, str]:
+    from llmfp import device as devices
+
+    checkpoint, attention, chosen, opened = _open(source, **reading)
+    opened.close()
+    choice = devices.choose(_plan(checkpoint, attention, chosen, opened, **planning))
+    return choice.device, choice.why
+
+
+def _scan_on(
+    device: str,
+    why: str | None,
+    device_memory_bytes: int,
+    source: str | os.PathLike[str],
+    reading: Mapping[str, Any],
+    planning: Mapping[str, Any],
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+    start: float,
+) -> Fingerprint:
+    """A scan whose weights are reduced on a device; with smaller buffers where its memory turns out not to do."""
+    from llmfp import device as devices
+    from llmfp.reader.staging import StagedReader
+
+    names = devices.named(device)
+    chosen, note = backend_on(names[0], reading["backend"])
+    notes = [note] if note else []
+    wanted = size = devices.slot_bytes(chosen, len(names), planning["memory_bytes"], device_memory_bytes)
+    while True:
+        checkpoint, attention, _, files = _open(source, **{**reading, "backend": chosen})
+        try:
+            reader = StagedReader(files, [devices.TorchLink(name) for name in names], size)
+            opened = replace(checkpoint, caveats=(*checkpoint.caveats, *notes)), attention, chosen, reader
+            return _run(opened, planning, planned, progress, start, device=", ".join(names), why=why)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error) or size <= devices.SMALLEST_SLOT:
+                raise devices.as_error(device, error) from error
+            size = max(devices.SMALLEST_SLOT, size // 2 >> 20 << 20)
+            smaller = f"buffers of {size >> 20} MiB, not {wanted >> 20}: device {device} ran out of memory"
+            notes = [*notes[: bool(note)], smaller]
 
 
 def plan(
@@ -130,11 +186,13 @@ def plan(
     threads: int | None = None,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    client: Client | None = None,
 ) -> Plan:
     """What `scan` with the same arguments would read, in which order, and what it would skip and why."""
-    checkpoint, attention, chosen, opened = _open(Path(source), base, tower, backend, reader, probe=False)
+    checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client, probe=False)
     opened.close()
-    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep)
+    return _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep, sample)
 
 
 def compare(
@@ -146,6 +204,8 @@ def compare(
     permutations: int = 100_000,
     null: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    sample: float | None = None,
+    client: Client | None = None,
 ) -> Comparison:
     """The evidence that two models share weights' ancestry: sources, which are scanned, or fingerprints.
 
@@ -154,6 +214,7 @@ def compare(
     permutations  drawn for each permutation test; no p is below 1 / (1 + permutations)
     null          further unrelated models beside those shipped: a file or a directory (see llmfp.evidence.null)
     seed          of the draws: the same seed, the same p
+    sample, client   as for `scan`
 
     Raises LlmfpError, one line.
     """
@@ -162,7 +223,8 @@ def compare(
 
     models = nulls.load(null)
     only = tower if tower == "vision" else None  # the others are read together, and say more so
-    first, second = (each if isinstance(each, Fingerprint) else scan(each, tower=only, deep=True) for each in (a, b))
+    reading: dict[str, Any] = {"tower": only, "deep": sample is None, "sample": sample, "client": client}
+    first, second = (each if isinstance(each, Fingerprint) else scan(each, **reading) for each in (a, b))
     return comparison.compare(
         first, second, tower=tower, alpha=alpha, permutations=permutations, null=models, seed=seed
     )
@@ -174,21 +236,45 @@ def load(path: str | os.PathLike[str]) -> Fingerprint:
 
 
 def _open(
-    path: Path,
+    source: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     tower: str | None,
-    backend: str,
+    backend: str | Backend,
     reader: str,
+    client: Client | None,
     *,
     probe: bool = True,
-) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
-    if base is not None or is_adapter(path):
+) -> _Opened:
+    path, own = Path(source), None
+    if looks_remote(source):
+        from llmfp.hub.client import Client
+        from llmfp.hub.repository import open_remote
+
+        if base is not None:
+            raise CheckpointError(f"{source}: adapters are read from disk alone", hint="download it, and its base")
+        own = Client() if client is None else client.branch()
+        try:
+            checkpoint = open_remote(own, source)
+        except BaseException:
+            own.close()
+            raise
+    elif base is not None or is_adapter(path):
         checkpoint = open_adapted(path, None if base is None else Path(base))
     else:
         checkpoint = open_checkpoint(path)
-    attention = match(checkpoint, tower)
-    chosen = select(backend)
-    return checkpoint, attention, chosen, open_reader(reader, checkpoint, attention, chosen, probe=probe)
+    try:
+        attention = match(checkpoint, tower)
+        chosen = select(backend) if isinstance(backend, str) else backend
+        return (
+            checkpoint,
+            attention,
+            chosen,
+            open_reader(reader, checkpoint, attention, chosen, client=own, probe=probe),
+        )
+    except BaseException:
+        if own is not None:
+            own.close()
+        raise
 
 
 def _plan(
@@ -199,8 +285,13 @@ def _plan(
     threads: int | None,
     memory_bytes: int,
     deep: bool,
+    sample: float | None,
 ) -> Plan:
-    return make_plan(
+    if sample is not None and not 0 < sample < 1:
+        raise LlmfpError(f"a sample of {sample} is no part of a whole", hint="give a share between 0 and 1")
+    if sample is not None and deep:
+        raise LlmfpError("what heads compute needs all of their rows", hint="leave out --deep or --sample")
+    plan = make_plan(
         checkpoint,
         attention,
         backend,
@@ -210,7 +301,15 @@ def _plan(
         extra_bytes=reader.extra_bytes,
         memory_bytes=memory_bytes,
         deep=deep,
+        sample=sample,
+        block_bytes=reader.block_bytes,
     )
+    if any(shard.remote is not None for shard in checkpoint.shards):
+        from llmfp.reader.fetches import fetches
+
+        ranges = fetches(plan)
+        return replace(plan, fetched=(len(ranges), sum(each.nbytes for each in ranges)))
+    return plan
 
 
 def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Reader, seconds: float) -> Fingerprint:
@@ -250,20 +349,54 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
             "versions": {"llmfp": __version__, "python": sys.version.split()[0], **backend.versions()},
         },
         skipped=tuple(plan.skipped),
-        caveats=(*checkpoint.caveats, *plan.attention.caveats, *result.caveats),
+        caveats=(*_sample_caveats(plan), *checkpoint.caveats, *plan.attention.caveats, *result.caveats),
         digest=result.digest,
+        sample=None if plan.sample is None else _sample_facts(plan),
     )
+
+
+def _sample_facts(plan: Plan) -> dict[str, Any]:
+    """What a fingerprint says of the sample it rests on."""
+    sampled = [task for task in plan.tasks if task.blocks is not None]
+    return {
+        "share": plan.sample,
+        "confidence": CONFIDENCE,
+        "read_bytes": plan.step_bytes,
+        "of_bytes": plan.attention_bytes,
+        "sampled_tensors": len(sampled),
+        "whole_tensors": len(plan.tasks) - len(sampled),
+        "absent": {
+            "head_std": "a head's σ needs all of its rows",
+            "residual": "a profile along the residual stream needs all rows",
+            "circuits": "what heads compute needs all of their rows",
+        },
+    }
+
+
+def _sample_caveats(plan: Plan) -> list[str]:
+    if plan.sample is None:
+        return []
+    share = 100 * plan.step_bytes / max(plan.attention_bytes, 1)
+    return [f"rests on a sample: {share:.1f} % of the attention weights were read; every σ is an estimate"]
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     """Provenance. Names only: a path would tell strangers about the machine."""
     return {
-        "name": checkpoint.path.absolute().name,
+        "name": checkpoint.repo or checkpoint.path.absolute().name,
         "base": None if checkpoint.base is None else checkpoint.base.absolute().name,
+        "repo": checkpoint.repo,
+        "url": checkpoint.url,
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
         "files": [
-            {"name": shard.path.name, "bytes": shard.nbytes, "sha256": shard.sha256} for shard in checkpoint.shards
+            {
+                "name": shard.path.name,
+                "bytes": shard.nbytes,
+                "sha256": shard.sha256,
+                "etag": None if shard.remote is None else shard.remote.etag,
+            }
+            for shard in checkpoint.shards
         ],
     }
 

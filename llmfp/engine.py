@@ -25,6 +25,7 @@ from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
+from llmfp.sample import SAMPLED, Blocks, interval
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,8 @@ class Statistics:
     head_std  float64[heads], population std of each head's weights; None when the head size is unknown
     residual  float16[hidden], log RMS of the effective weights along each residual coordinate; None for what neither
               reads nor writes the residual stream: inner factors of latent attention, biases, gains
+    interval  in which σ of all elements lies with 95 % confidence, where `count` is a sample of them; None where it is
+              all of them. A sample has neither head_std nor residual
     """
 
     count: int
@@ -54,6 +57,7 @@ class Statistics:
     nonfinite: int
     head_std: Buffer | None
     residual: Buffer | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ def _one_blas_thread() -> AbstractContextManager[object]:
 
 
 def _run(scan: _Scan, progress: Progress | None) -> Result:
-    plan = scan.plan
+    plan, reader = scan.plan, scan.reader
+    reader.begin(plan)
     workers = [threading.Thread(target=scan.work, name=f"scan-{n}", daemon=True) for n in range(plan.threads)]
     try:
         for worker in workers:
@@ -98,6 +103,8 @@ def _run(scan: _Scan, progress: Progress | None) -> Result:
                 progress(scan.bytes_done, plan.step_bytes)
     finally:
         scan.stop = True
+        if scan.error is not None or not scan.finished.is_set():
+            reader.cancel()
         for worker in workers:
             worker.join()
     if scan.error is not None:
@@ -170,7 +177,8 @@ class _Scan:
                 self.finished.set()
 
     def result(self) -> Result:
-        return Result(self._statistics, self._circuits, self._ledger.digest(), tuple(self._caveats))
+        digest = self._ledger.digest() if self.plan.sample is None else f"{SAMPLED}{self._ledger.digest()}"
+        return Result(self._statistics, self._circuits, digest, tuple(self._caveats))
 
     def _take(self) -> int | None:
         with self.lock:
@@ -411,7 +419,10 @@ class _Scan:
         task = self.plan.tasks[number]
         for i, (projection, marginals) in enumerate(zip(task.projections, merged, strict=True)):
             key = (task.tower, projection.layer, str(projection.role))
-            statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
+            if self.plan.sample is not None:
+                statistics = self._estimate(projection, marginals, task.blocks)
+            else:
+                statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
             with self.lock:
                 self._statistics[key] = statistics
                 if not math.isfinite(statistics.std):
@@ -420,6 +431,25 @@ class _Scan:
                         f"the std of {projection.role} in layer {projection.layer} is null"
                     ] = None
             self._ledger.enter(key, marginals)
+
+    def _estimate(self, projection: Projection, marginals: Marginals, blocks: Blocks | None) -> Statistics:
+        """What the rows of a sample say of all rows."""
+        rows, cols = sum(marginals.counts), projection.view.cols
+        total = self.backend.pool(marginals.row, cols, rows)
+        around = None
+        if blocks is not None:
+            each = self.backend.pool(marginals.row, cols, blocks.rows)
+            around = interval(_doubles(each.mean), _doubles(each.m2), blocks.rows * cols, blocks.share)
+        return Statistics(
+            count=rows * cols,
+            mean=_doubles(total.mean)[0],
+            std=math.sqrt(_doubles(total.m2)[0] / (rows * cols)),
+            abs_max=marginals.abs_max,
+            nonfinite=marginals.nonfinite,
+            head_std=None,
+            residual=None,
+            interval=around,
+        )
 
     def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
         rows = sum(marginals.counts)

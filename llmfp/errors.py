@@ -39,3 +39,7 @@ class BackendError(LlmfpError):
 
 class FingerprintError(LlmfpError):
     """A fingerprint file that is truncated, of another schema, or no fingerprint at all."""
+
+
+class HubError(LlmfpError):
+    """A server that cannot be reached, refuses, or answers with something else than what was asked for."""

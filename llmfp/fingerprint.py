@@ -6,8 +6,9 @@ holds `llmfp.schema` and, under `llmfp`, the JSON object that `scan --json` prin
     {tower}.{role}.count      int64[L]          {tower}.{role}.nonfinite  int64[L]
     {tower}.{role}.mean       float64[L]        {tower}.{role}.head_std   float64[L, heads]
     {tower}.{role}.std        float64[L]        {tower}.{role}.residual   float16[L, hidden]
-    {tower}.{role}.abs_max    float64[L]
+    {tower}.{role}.abs_max    float64[L]        {tower}.{role}.interval   float64[L, 2]
 
+(of a sample, whose digest begins with "sample-": interval, low and high, and neither head_std nor residual)
 and, of a deep scan, per tower (llmfp.circuits says what they are):
 
     {tower}.qk_norm           float64[L, heads]         {tower}.ov_norm         float64[L, heads]
@@ -98,6 +99,15 @@ class TowerFingerprint:
     def _column(self, role: str, key: str) -> list[float | None]:
         return [None if s is None else _finite(getattr(s, key)) for s in self.statistics[role]]
 
+    @property
+    def interval(self) -> dict[str, list[list[float] | None]]:
+        """By role, of a sample: [low, high], in which σ of all weights lies with 95 % confidence."""
+
+        def around(s: Statistics | None) -> list[float] | None:
+            return None if s is None or not math.isfinite(s.std) else list(s.interval or (s.std, s.std))
+
+        return {role: [around(s) for s in column] for role, column in self.statistics.items()}
+
     def head_std(self, role: str) -> NDArray[np.float64]:
         """float64 [L, heads]: each head's population std; NaN where unknown."""
         import numpy as np
@@ -142,7 +152,8 @@ class Fingerprint:
     """A checkpoint's statistics and where they come from. Equal `digest`: bit-identical statistics.
 
     `source`, `run`, `skipped` and `caveats` are as in the JSON contract; `main` is the language decoder's tower, else
-    the only encoder's.
+    the only encoder's. sample: the share of the weights that all of this rests on, and what it lacks for that; None
+    where all were read.
     """
 
     architecture: str
@@ -152,6 +163,7 @@ class Fingerprint:
     skipped: tuple[Mapping[str, Any], ...]
     caveats: tuple[str, ...]
     digest: str
+    sample: Mapping[str, Any] | None = None
 
     @property
     def main(self) -> TowerFingerprint:
@@ -185,12 +197,13 @@ class Fingerprint:
             "std": main.std,
             "mean": main.mean,
             "roles": main.roles,
-            "towers": {name: _tower_json(tower) for name, tower in self.towers.items()},
+            "towers": {name: _tower_json(tower, self.sample is not None) for name, tower in self.towers.items()},
             "skipped": [dict(each) for each in self.skipped],
             "caveats": list(self.caveats),
             "run": dict(self.run),
             "digest": self.digest,
-        }
+            "sample": None if self.sample is None else dict(self.sample),
+        } | ({} if self.sample is None else {"interval": main.interval})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
@@ -270,6 +283,7 @@ def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fing
         skipped=tuple(saved["skipped"]),
         caveats=tuple(saved["caveats"]),
         digest=saved["digest"],
+        sample=_expect(saved.get("sample"), dict | None, "sample"),
     )
 
 
@@ -290,16 +304,19 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
         residual = array(f"{prefix}.residual", "float16")
+        around = array(f"{prefix}.interval", "float64") if f"{prefix}.interval" in arrays else None
+        if around is not None and around.shape != (len(layers), 2):
+            raise ValueError(f"{prefix}.interval is {list(around.shape)}")
         head_std = array(f"{prefix}.head_std", "float64") if f"{prefix}.head_std" in arrays else None
         column: list[Statistics | None] = []
         for i in range(len(layers)):
             whole = {key: values[i] for key, values in numbers.items()}
             heads = None if head_std is None else _unpadded(head_std[i], whole["nonfinite"])
-            column.append(
-                Statistics(**whole, head_std=heads or None, residual=_unpadded(residual[i], whole["nonfinite"]) or None)
-                if whole["count"]
-                else None
-            )
+            profile = _unpadded(residual[i], whole["nonfinite"])
+            low, high = (math.nan, math.nan) if around is None else around[i].tolist()
+            interval = None if math.isnan(low) else (low, high)
+            known = Statistics(**whole, head_std=heads or None, residual=profile or None, interval=interval)
+            column.append(known if whole["count"] else None)
         statistics[role] = tuple(column)
     hidden_size = _expect(saved["hidden_size"], int, "hidden_size")
     return TowerFingerprint(
@@ -370,7 +387,7 @@ def kind(fingerprint: Fingerprint, tower: str) -> str:
     return f"seq2seq {tower}" if "cross" in fingerprint.towers and tower != "vision" else tower
 
 
-def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
+def _tower_json(tower: TowerFingerprint, sampled: bool) -> dict[str, Any]:
     return {
         "layers": list(tower.layers),
         "heads": tower.heads,
@@ -383,7 +400,7 @@ def _tower_json(tower: TowerFingerprint) -> dict[str, Any]:
         "rotary": None if (r := tower.rotary) is None else {"pairs": r.pairs, "interleaved": r.interleaved},
         "indexed_heads": tower.indexed_heads,
         "deep": tower.circuits is not None,
-    }
+    } | ({"interval": tower.interval} if sampled else {})
 
 
 def _finite(value: float) -> float | None:
@@ -403,6 +420,9 @@ def _arrays(towers: Mapping[str, TowerFingerprint]) -> dict[str, NDArray[Any]]:
                 values = [math.nan if s is None else getattr(s, key) for s in column]
                 arrays[f"{prefix}.{key}"] = np.array(values, np.float64)
             arrays[f"{prefix}.residual"] = tower.residual(role)
+            if any(s is not None and s.interval is not None for s in column):
+                around = [(math.nan, math.nan) if s is None or s.interval is None else s.interval for s in column]
+                arrays[f"{prefix}.interval"] = np.array(around, np.float64)
             if any(s is not None and s.head_std is not None for s in column):
                 arrays[f"{prefix}.head_std"] = tower.head_std(role)
         for array in CIRCUIT_ARRAYS:

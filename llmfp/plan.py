@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -22,8 +22,10 @@ from llmfp.encoding import Encoding
 from llmfp.errors import EncodingError, PlanError
 from llmfp.kernels import Backend
 from llmfp.marginals import unit_rows
+from llmfp.sample import Blocks, draw
 
 DEFAULT_MEMORY = 512 << 20
+DEFAULT_DEVICE_MEMORY = 512 << 20
 FIXED_BYTES = 6 << 20
 """Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
 NUMPY_BYTES = 24 << 20
@@ -31,6 +33,8 @@ NUMPY_BYTES = 24 << 20
 BLAS_BYTES = 16 << 20
 """What its BLAS costs on top, which multiplies heads in a deep scan; per thread."""
 MAX_THREADS = 32
+_CODED_ROWS = 32
+"""Rows that codes may be packed together in (see llmfp.marginals.Coding): blocks of a sample hold whole ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Task:
 
     second_read: a LayerNorm along the stored rows needs every column's mean before a row can be centred.
     biases: the layer's bias vectors, which are read, whole, along with its first task.
+    blocks: the rows that a sample reads; None where all are read.
     """
 
     tower: str
@@ -53,6 +58,7 @@ class Task:
     unit_rows: int
     second_read: bool
     biases: tuple[TensorSpec, ...] = ()
+    blocks: Blocks | None = None
 
     @property
     def first_row(self) -> int:
@@ -109,6 +115,10 @@ class Plan:
     needed_bytes: int
     deep: bool
     circuits: Mapping[tuple[str, int], LayerHeads]
+    fetched: tuple[int, int] | None = None
+    """Of a remote checkpoint: ranges that the scan will ask for, and their bytes."""
+    sample: float | None = None
+    """The share of every tensor's rows that is aimed at; None where all are read."""
 
     @property
     def attention_bytes(self) -> int:
@@ -147,7 +157,18 @@ class Plan:
     def total_bytes(self) -> int:
         """All bytes the scan reads: headers, gains, biases, scales, adapters, weights, and the declared second read."""
         small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
-        return self.header_bytes + small + self.step_bytes
+        return self.header_bytes + small + self.step_bytes + self.gap_bytes
+
+    @property
+    def gap_bytes(self) -> int:
+        """What is fetched along from between two neighbours, of a remote checkpoint."""
+        small = self.gain_bytes + self.bias_bytes + self.scale_bytes + self.adapter_bytes
+        return 0 if self.fetched is None else max(0, self.fetched[1] - small - self.step_bytes)
+
+    @property
+    def requests(self) -> int:
+        """Reads, or ranges asked for of a server."""
+        return len(self.steps) if self.fetched is None else self.fetched[0]
 
     @cached_property
     def skipped(self) -> list[dict[str, object]]:
@@ -194,8 +215,10 @@ class Plan:
             "second_read_bytes": self.second_read_bytes,
             "bytes_read": self.total_bytes,
             "bytes_total": sum(shard.nbytes for shard in shards),
-            "requests": len(self.steps),
+            "gap_bytes": self.gap_bytes,
+            "requests": self.requests,
             "deep": self.deep,
+            "sample": self.sample,
             "threads": self.threads,
             "memory_budget_bytes": self.memory_bytes,
             "memory_needed_bytes": self.needed_bytes,
@@ -214,14 +237,19 @@ def make_plan(
     extra_bytes: int = 0,
     memory_bytes: int = DEFAULT_MEMORY,
     deep: bool = False,
+    sample: float | None = None,
+    block_bytes: int = 1,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
     extra_bytes: what a read may cost in resident memory beyond its own bytes.
     deep: also look at the circuits of heads, wherever heads can be told apart.
+    sample: the share of every tensor's rows to read, in blocks of at least block_bytes; all of them when None.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
     circuits = {(t.name, heads.layer): heads for t in attention.towers for heads in layer_heads(t)} if deep else {}
     tasks = _tasks(attention, circuits)
+    if sample is not None:
+        tasks = [_sampled(task, sample, block_bytes) for task in tasks]
     for task in tasks:
         if task.tensor.encoding is None and task.tensor.dtype not in backend.dtypes:
             raise EncodingError(
@@ -254,7 +282,18 @@ def make_plan(
                     steps += _steps(i, tasks[i], units, second)
     deepest = max(-(-step.rows // tasks[step.task].unit_rows) * costs[step.task] for step in steps)
     needed = fixed + threads * (deepest + extra_bytes)
-    return Plan(checkpoint, attention, tuple(tasks), tuple(steps), threads, memory_bytes, needed, deep, circuits)
+    return Plan(
+        checkpoint,
+        attention,
+        tuple(tasks),
+        tuple(steps),
+        threads,
+        memory_bytes,
+        needed,
+        deep,
+        circuits,
+        sample=sample,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -314,8 +353,28 @@ def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, 
     return {key: tuple(sorted(specs, key=lambda spec: (spec.shard, spec.offset_bytes))) for key, specs in found.items()}
 
 
+def _sampled(task: Task, share: float, block_bytes: int) -> Task:
+    """The task with the rows that are read of it, one unit a block. What needs all rows is not made of a sample, so
+    nothing is read twice."""
+    runs = [(group, first, count) for group in range(task.groups) for first, count in _runs(task, group)]
+    encoding = task.tensor.encoding
+    row_bytes = _extent(task, 0, runs[0][1], 1 if encoding is None else _CODED_ROWS)[1]
+    row_bytes = row_bytes if encoding is None else -(-row_bytes // _CODED_ROWS)
+    multiple = 1 if encoding is None else _CODED_ROWS
+    seed = f"{task.tensor.name} {task.first}"
+    blocks = draw(runs, max(row_bytes, 1), share, block_bytes, multiple, seed)
+    unit = task.unit_rows if blocks is None else blocks.rows
+    return replace(task, unit_rows=unit, second_read=False, blocks=blocks)
+
+
 def _steps(number: int, task: Task, units: int, second: bool) -> Iterable[Step]:
     rows_per_step, tensor = units * task.unit_rows, task.tensor
+    if task.blocks is not None:
+        for group, row in task.blocks.places:
+            start, nbytes = _extent(task, group, row, task.blocks.rows)
+            offset = tensor.offset_bytes + start
+            yield Step(number, group, row, task.blocks.rows, tensor.shard, offset, nbytes, second)
+        return
     for group in range(task.groups):
         for first, count in _runs(task, group):
             for row in range(first, first + count, rows_per_step):

@@ -177,7 +177,7 @@ def test_the_help_lists_every_command(run_main: Any) -> None:
 
 SCAN_KEYS = {
     "schema", "source", "architecture", "layers", "heads", "kv_heads", "head_dim", "hidden_size", "std", "mean",
-    "roles", "towers", "skipped", "caveats", "run", "digest",
+    "roles", "towers", "skipped", "caveats", "run", "digest", "sample",
 }  # fmt: skip
 RUN_KEYS = {
     "backend", "simd", "reader", "seconds", "bytes_read", "bytes_total", "second_read_bytes", "peak_rss_bytes",
@@ -196,9 +196,9 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
     found = scanned(run_main, checkpoint)
     assert set(found) == SCAN_KEYS
     assert found["schema"] == "llmfp.fingerprint/1"
-    assert set(found["source"]) == {"name", "base", "revision", "model_type", "files"}
+    assert set(found["source"]) == {"name", "base", "repo", "url", "revision", "model_type", "files"}
     assert found["source"]["name"] == "small-llama"
-    assert set(found["source"]["files"][0]) == {"name", "bytes", "sha256"}
+    assert set(found["source"]["files"][0]) == {"name", "bytes", "sha256", "etag"}
     assert (found["architecture"], found["layers"]) == ("llama", [0, 1, 2])
     assert (found["heads"], found["kv_heads"], found["head_dim"], found["hidden_size"]) == (4, 2, 8, 24)
     for statistic in ("std", "mean"):
@@ -542,7 +542,7 @@ def test_an_interrupt_ends_a_scan_with_130_and_leaves_nothing(tmp_path: Path) ->
 def test_an_interrupt_under_the_progress_bar_restores_the_terminal(tmp_path: Path) -> None:
     """The bar hides the cursor; whatever was hidden is shown again, and the last line is ours."""
     source = sparse(tmp_path / "model", 1 << 15, 32)
-    code, output = on_a_terminal(["scan", source, "--backend", "reference"], interrupt_at=b"GB/s")
+    code, output = on_a_terminal(["scan", source, "--backend", "reference"], interrupt_at=b"B/s")
     assert code == 130, output
     assert output.splitlines()[-1] == b"interrupted"
     assert output.rfind(b"\x1b[?25h") >= output.rfind(b"\x1b[?25l")

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import llmfp
 from llmfp.__main__ import main
-from llmfp.checkpoint import TensorSpec, open_checkpoint, stored_zip, tensor_pickle, torch_archive
+from llmfp.checkpoint import TensorSpec, open_checkpoint, stored_file, stored_zip, tensor_pickle, torch_archive
 from llmfp.checkpoint.torch_archive import read_header
 from llmfp.errors import CheckpointError, EncodingError
 from tests.checkpoints import BACKEND, build, stored
@@ -166,14 +166,14 @@ def test_an_archive_whose_checksums_torch_was_told_not_to_compute(path: Path) ->
 
 def test_header_bytes_are_those_that_were_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(saved({"a": torch.zeros(100_000), "b": torch.zeros(3)}))
-    read = [4]
-    pread = os.pread
+    read: list[int] = []
+    read_at = stored_file._OpenFile.read_at
 
-    def counting(descriptor: int, nbytes: int, offset: int) -> bytes:
+    def counting(file: stored_file._OpenFile, offset: int, nbytes: int) -> bytes:
         read.append(nbytes)
-        return pread(descriptor, nbytes, offset)
+        return read_at(file, offset, nbytes)
 
-    monkeypatch.setattr(os, "pread", counting)
+    monkeypatch.setattr(stored_file._OpenFile, "read_at", counting)
     shard, _ = read_header(path, 0)
     assert shard.header_bytes == sum(read) < 3000
     assert (shard.nbytes, shard.path) == (path.stat().st_size, path)

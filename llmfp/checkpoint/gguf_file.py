@@ -8,17 +8,17 @@ the gguf package writes.
 
 from __future__ import annotations
 
-import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from io import FileIO
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec, sha256_of_hub_blob, stamp
+from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
+from llmfp.checkpoint.stored_file import Folder, LocalFolder, StoredFile, opened
 from llmfp.checkpoint.strict_json import MAX_BYTES, shown
 from llmfp.encoding.ggml import REMOVED, TYPES
 from llmfp.errors import CheckpointError
@@ -46,42 +46,46 @@ _CONFIG = {
 
 def open_gguf(path: Path) -> Checkpoint:
     """The checkpoint in a GGUF file, and in its other parts where it is split. Raises CheckpointError."""
-    files = _parts(path)
+    return replace(open_gguf_of(LocalFolder(path.parent), path.name), path=path)
+
+
+def open_gguf_of(folder: Folder, name: str) -> Checkpoint:
+    """The same, of a file of that name in a folder."""
+    files = _parts(folder, name)
     shards: list[Shard] = []
     tensors: dict[str, TensorSpec] = {}
     metadata: dict[str, Any] = {}
     for number, file in enumerate(files):
-        shard, specs, pairs = _read_header(file, number)
-        _check_split(file, pairs, number, len(files))
+        shard, specs, pairs = _read_header(folder.file(file), number)
+        _check_split(shard.path, pairs, number, len(files))
         shards.append(shard)
         metadata = metadata or pairs
         for spec in specs:
             if spec.name in tensors:
-                raise CheckpointError(
-                    f"{file}: tensor {spec.name!r} is stored in {files[tensors[spec.name].shard].name} too"
-                )
+                other = files[tensors[spec.name].shard]
+                raise CheckpointError(f"{shard.path}: tensor {spec.name!r} is stored in {other} too")
             tensors[spec.name] = spec
     stated = metadata.get("split.tensors.count")
     if len(files) > 1 and stated != len(tensors):
         raise CheckpointError(
-            f"{files[0]}: split.tensors.count is {shown(stated)}, the parts hold {len(tensors)} tensors"
+            f"{shards[0].path}: split.tensors.count is {shown(stated)}, the parts hold {len(tensors)} tensors"
         )
     config = _config(metadata)
-    return Checkpoint(path, tuple(shards), tensors, config, None, tuple(_caveats(tensors)))
+    return Checkpoint(folder.path, tuple(shards), tensors, config, None, tuple(_caveats(tensors)))
 
 
-def _parts(path: Path) -> list[Path]:
-    found = _PART.match(path.name)
+def _parts(folder: Folder, name: str) -> list[str]:
+    found = _PART.match(name)
     if found is None:
-        return [path]
+        return [name]
     count = int(found["count"])
     if not 1 <= int(found["number"]) <= count:
-        raise CheckpointError(f"{path}: part {found['number']} of {found['count']} cannot be")
-    files = [path.with_name(f"{found['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
-    missing = [file for file in files if not file.exists()]
+        raise CheckpointError(f"{folder.path / name}: part {found['number']} of {found['count']} cannot be")
+    files = [f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    missing = [file for file in files if not folder.has(file)]
     if missing:
         raise CheckpointError(
-            f"{missing[0]}: missing part ({len(missing)} of {count} missing)", hint="fetch the file again"
+            f"{folder.path / missing[0]}: missing part ({len(missing)} of {count} missing)", hint="fetch the file again"
         )
     return files
 
@@ -122,29 +126,22 @@ def _caveats(tensors: Mapping[str, TensorSpec]) -> list[str]:
     return caveats
 
 
-def _read_header(path: Path, shard: int) -> tuple[Shard, list[TensorSpec], dict[str, Any]]:
+def _read_header(path: Path | StoredFile, shard: int) -> tuple[Shard, list[TensorSpec], dict[str, Any]]:
     """The file as a `Shard`, its tensors in the order of their descriptions, and the metadata that is kept."""
-    try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        with path.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            header = _Header(path, file, status.st_size)
-            tensors, pairs = _parse(header)
-            alignment = pairs.get("general.alignment", _ALIGNMENT)
-            start = -(-header.position // alignment) * alignment
-            specs = _placed(path, shard, tensors, start, status.st_size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    return Shard(path, status.st_size, header.position, stamp(status), sha256_of_hub_blob(path)), specs, pairs
+    with opened(path) as file:
+        header = _Header(file)
+        tensors, pairs = _parse(header)
+        alignment = pairs.get("general.alignment", _ALIGNMENT)
+        start = -(-header.position // alignment) * alignment
+        return file.shard(header.position), _placed(file.path, shard, tensors, start, file.nbytes), pairs
 
 
 class _Header:
     """A file's first bytes, read as they are needed, and a position in them that never leaves the file."""
 
-    def __init__(self, path: Path, file: FileIO, size: int) -> None:
-        self.path, self.position = path, 0
-        self._file, self._size = file, size
+    def __init__(self, file: StoredFile) -> None:
+        self.path, self.position = file.path, 0
+        self._file, self._size = file, file.nbytes
         self._data = bytearray()
         self._strings = 0
 
@@ -156,7 +153,7 @@ class _Header:
         if end > MAX_BYTES:
             raise CheckpointError(f"{self.path}: header is over the limit of {MAX_BYTES} bytes at {what}")
         while len(self._data) < end:
-            part = self._file.read(max(_READ_BYTES, end - len(self._data)))
+            part = self._file.read_at(len(self._data), max(_READ_BYTES, end - len(self._data)))
             if not part:
                 raise CheckpointError(f"{self.path}: the file changed while it was read", hint="scan again")
             self._data += part

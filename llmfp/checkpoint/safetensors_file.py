@@ -7,12 +7,12 @@ the safetensors library 0.8 enforces them, plus duplicate names, which it lets p
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from llmfp.checkpoint import strict_json
-from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec, sha256_of_hub_blob, stamp
+from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec
+from llmfp.checkpoint.stored_file import StoredFile, opened
 from llmfp.errors import CheckpointError
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -20,31 +20,23 @@ _MAX_INT = 2**63 - 1
 _MAX_RANK = 64
 
 
-def read_header(path: Path, shard: int) -> tuple[Shard, list[TensorSpec]]:
+def read_header(path: Path | StoredFile, shard: int) -> tuple[Shard, list[TensorSpec]]:
     """The file as a `Shard` and its tensors in file order, located absolutely. Reads the header and nothing else."""
-    try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        with path.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            size = status.st_size
-            length = int.from_bytes(_exactly(file.read(8), 8, path), "little")
-            if length > strict_json.MAX_BYTES:
-                raise CheckpointError(f"{path}: header of {length} bytes is over the limit of {strict_json.MAX_BYTES}")
-            if length > size - 8:
-                raise CheckpointError(f"{path}: truncated, header of {length} bytes in a file of {size}")
-            text = bytearray()
-            while len(text) < length and (part := file.read(length - len(text))):
-                text += part
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    header = strict_json.parse_object(bytes(_exactly(text, length, path)), f"{path}: header")
-    tensors = _tensors(header, path, shard, 8 + length)
-    _check_layout(tensors, path, 8 + length, size)
-    return Shard(path, size, 8 + length, stamp(status), sha256_of_hub_blob(path)), tensors
+    with opened(path) as file:
+        path, size = file.path, file.nbytes
+        length = int.from_bytes(_exactly(file.read_at(0, 8), 8, path), "little")
+        if length > strict_json.MAX_BYTES:
+            raise CheckpointError(f"{path}: header of {length} bytes is over the limit of {strict_json.MAX_BYTES}")
+        if length > size - 8:
+            raise CheckpointError(f"{path}: truncated, header of {length} bytes in a file of {size}")
+        text = _exactly(file.read_at(8, length), length, path)
+        header = strict_json.parse_object(text, f"{path}: header")
+        tensors = _tensors(header, path, shard, 8 + length)
+        _check_layout(tensors, path, 8 + length, size)
+        return file.shard(8 + length), tensors
 
 
-def _exactly(data: bytes | bytearray, nbytes: int, path: Path) -> bytes | bytearray:
+def _exactly(data: bytes, nbytes: int, path: Path) -> bytes:
     if len(data) != nbytes:
         raise CheckpointError(f"{path}: truncated, {len(data)} of {nbytes} header bytes")
     return data

@@ -12,6 +12,7 @@ from llmfp.errors import CheckpointError
 
 if TYPE_CHECKING:
     from llmfp.encoding import Encoding
+    from llmfp.hub.remote_file import RemoteFile
 
 ITEM_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -55,13 +56,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file as it was when its header was read; `stamp` tells later whether it is still that file."""
+    """One weight file as it was when its header was read; `stamp` tells later whether it is still that file.
+
+    remote: where it is read from, when that is no file system; `path` then only names it.
+    """
 
     path: Path
     nbytes: int
     header_bytes: int
     stamp: tuple[int, int, int]
     sha256: str | None
+    remote: RemoteFile | None = None
 
     def check_unchanged(self, status: os.stat_result) -> None:
         """Raises CheckpointError when the open file is no longer the one whose header was read."""
@@ -89,6 +94,7 @@ class Checkpoint:
     """A model's files. `config` is config.json or empty; `caveats` what a reader of the answer should know.
 
     base: the directory or file below an adapter, which `path` then is.
+    repo: the Hub repository that it comes from; url: the web page, less whatever could be secret.
     """
 
     path: Path
@@ -98,3 +104,5 @@ class Checkpoint:
     revision: str | None
     caveats: tuple[str, ...]
     base: Path | None = None
+    repo: str | None = None
+    url: str | None = None

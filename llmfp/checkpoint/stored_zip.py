@@ -10,13 +10,13 @@ fields from 4 GiB on.
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from llmfp.checkpoint.stored_file import StoredFile
 from llmfp.errors import CheckpointError
 
 _END = struct.Struct("<4s4H2LH")
@@ -55,9 +55,9 @@ class StoredZip:
     Raises CheckpointError, naming the file and the member, for whatever contradicts itself; OSError.
     """
 
-    def __init__(self, descriptor: int, nbytes: int, path: Path) -> None:
+    def __init__(self, file: StoredFile) -> None:
         self.bytes_read = 0
-        self._descriptor, self._nbytes, self._path = descriptor, nbytes, path
+        self._file, self._nbytes, self._path = file, file.nbytes, file.path
         self._members = self._read_directory()
 
     def __iter__(self) -> Iterator[str]:
@@ -203,16 +203,11 @@ class StoredZip:
     def _read(self, offset: int, nbytes: int) -> bytes:
         if not 0 <= offset <= offset + nbytes <= self._nbytes:
             raise self._broken(f"bytes {offset} to {offset + nbytes} lie outside the file", hint=_TRUNCATED)
-        parts: list[bytes] = []
-        done = 0
-        while done < nbytes:
-            part = os.pread(self._descriptor, nbytes - done, offset + done)
-            if not part:
-                raise self._broken("the file became shorter while it was read")
-            parts.append(part)
-            done += len(part)
+        content = self._file.read_at(offset, nbytes)
+        if len(content) != nbytes:
+            raise self._broken("the file became shorter while it was read")
         self.bytes_read += nbytes
-        return b"".join(parts)
+        return content
 
     def _error(self, member: str, problem: str, *, hint: str = "") -> CheckpointError:
         return self._broken(f"member {member[:200]!r} {problem}", hint=hint)

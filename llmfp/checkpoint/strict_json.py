@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llmfp.checkpoint.stored_file import StoredFile, opened
 from llmfp.errors import CheckpointError
 
 MAX_BYTES = 100_000_000
@@ -15,19 +16,12 @@ _MAX_DIGITS = 300
 _LONGEST_QUOTE = 80
 
 
-def read_object(path: Path, limit: int, *, constants: bool = False) -> dict[str, Any]:
+def read_object(path: Path | StoredFile, limit: int, *, constants: bool = False) -> dict[str, Any]:
     """The JSON object in a file of at most `limit` bytes. Raises CheckpointError, as `parse_object` does."""
-    try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise CheckpointError(f"{path}: not a regular file")
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes is over the limit of {limit}")
-        with path.open("rb") as file:
-            text = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    return parse_object(text, str(path), constants=constants)
+    with opened(path) as file:
+        if file.nbytes > limit:
+            raise CheckpointError(f"{file.path}: {file.nbytes} bytes is over the limit of {limit}")
+        return parse_object(file.read_at(0, file.nbytes), str(file.path), constants=constants)
 
 
 def shown(value: object) -> str:

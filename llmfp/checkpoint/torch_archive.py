@@ -12,12 +12,12 @@ there, under its own names; values that are not tensors are left out. A tensor w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from llmfp.checkpoint import tensor_pickle
-from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec, sha256_of_hub_blob, stamp
+from llmfp.checkpoint.specs import ITEM_BITS, Shard, TensorSpec
+from llmfp.checkpoint.stored_file import StoredFile, opened
 from llmfp.checkpoint.stored_zip import StoredZip
 from llmfp.checkpoint.tensor_pickle import Dict, PickleRefusedError, Tensor
 from llmfp.errors import CheckpointError
@@ -31,22 +31,15 @@ _MAX_RANK = 64
 _MAX_TENSORS = 1 << 18
 
 
-def read_header(path: Path, shard: int) -> tuple[Shard, list[TensorSpec]]:
+def read_header(path: Path | StoredFile, shard: int) -> tuple[Shard, list[TensorSpec]]:
     """The file as a `Shard` and its tensors in file order, located absolutely. Reads directory, headers and pickle."""
-    try:
-        if not path.is_file():  # opening a named pipe would wait for ever
-            raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
-        with path.open("rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
-            magic = file.read(4)
-            if magic != b"PK\3\4":
-                raise _not_an_archive(path, magic)
-            archive = StoredZip(file.fileno(), status.st_size, path)
-            tensors = _tensors(archive, path, shard)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    header_bytes = len(magic) + archive.bytes_read
-    return Shard(path, status.st_size, header_bytes, stamp(status), sha256_of_hub_blob(path)), tensors
+    with opened(path) as file:
+        magic = file.read_at(0, 4)
+        if magic != b"PK\3\4":
+            raise _not_an_archive(file.path, magic)
+        archive = StoredZip(file)
+        tensors = _tensors(archive, file.path, shard)
+        return file.shard(len(magic) + archive.bytes_read), tensors
 
 
 def _not_an_archive(path: Path, magic: bytes) -> CheckpointError:

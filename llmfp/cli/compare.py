@@ -10,7 +10,15 @@ import click
 
 from llmfp import api
 from llmfp.checkpoint.adapter import is_adapter
-from llmfp.cli.options import debug_option, deep_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import (
+    SOURCE,
+    debug_option,
+    deep_option,
+    device_options,
+    json_option,
+    reading_options,
+    verbose_option,
+)
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import Fingerprint
 from llmfp.plan import Plan
@@ -20,8 +28,8 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 
 
 @click.command("compare", short_help="Weigh the evidence that two models share ancestry.")
-@click.argument("a", type=click.Path(path_type=Path, readable=False))
-@click.argument("b", type=click.Path(path_type=Path, readable=False))
+@click.argument("a", type=SOURCE)
+@click.argument("b", type=SOURCE)
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -43,14 +51,15 @@ EXPECTED = {"related": "related", "none": "none_detected"}
     help="Further unrelated models: σ in JSON, or a directory of fingerprints, each its own family.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
-@deep_option(True, "Look at what heads compute; without it only profile and residual test are left.")
+@deep_option(None, "Look at what heads compute; without it, or of a sample, only profile and residual test are left.")
 @json_option
 @reading_options
+@device_options
 @verbose_option
 @debug_option
 def command(
-    a: Path,
-    b: Path,
+    a: str,
+    b: str,
     expect: str | None,
     as_json: bool,
     verbose: bool,
@@ -58,15 +67,17 @@ def command(
     base: Path | None,
     **more: Any,
 ) -> int:
-    """Compares A and B, each a model's directory, a weight file or a saved fingerprint, and says whether their
-    attention weights share ancestry, by which tests, and what those cannot see.
+    """Compares A and B, each a model's directory, a weight file, a saved fingerprint or a model of the Hub, and says
+    whether their attention weights share ancestry, by which tests, and what those cannot see.
 
     The verdict is related, none_detected or inconclusive; it never says that there is no relation, and never which
     of the two came first.
     """
     weighing = {name: more.pop(name) for name in ("alpha", "permutations", "null", "seed")}
-    if base is not None and not (is_adapter(a) or is_adapter(b)):
+    if base is not None and not (is_adapter(Path(a)) or is_adapter(Path(b))):
         raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
+    if more["deep"] is None:
+        more["deep"] = more["sample"] is None
     reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
     if as_json:
@@ -81,9 +92,9 @@ def command(
     return 1
 
 
-def _scan(source: Path, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
+def _scan(source: str, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
     with ProgressBar() as bar:
-        return api.scan(source, base=base if is_adapter(source) else None, progress=bar, **reading)
+        return api.scan(source, base=base if is_adapter(Path(source)) else None, progress=bar, **reading)
 
 
 def _say_plan(plan: Plan) -> None:

@@ -12,8 +12,11 @@ from llmfp.architecture.families import TOWERS
 from llmfp.kernels import BACKENDS
 from llmfp.plan import parse_size
 from llmfp.reader import READERS
+from llmfp.sample import parse_share
 
 Command = Callable[..., Any]
+SOURCE = click.Path(path_type=str, readable=False)
+"""A path or an address: as written, since a path would fold the slashes of an address."""
 
 
 def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
@@ -30,13 +33,20 @@ debug_option = click.option(
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Say on stderr what is being done.")
 
 
+def _share(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
+    try:
+        return None if value is None else parse_share(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:
     """--deep/--no-deep, with what this command does when neither is given."""
     return click.option("--deep/--no-deep", default=default, help=help_text)
 
 
 def reading_options(command: Command) -> Command:
-    """What to read and how: base, tower, back end, reader, threads, memory."""
+    """What to read and how: base, tower, back end, reader, threads, memory, sample."""
     for option in reversed(
         (
             click.option(
@@ -59,7 +69,23 @@ def reading_options(command: Command) -> Command:
                 "--memory", "memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
                 help="Bound on resident memory, beyond what planning takes.",
             ),
+            click.option(
+                "--sample", metavar="SHARE", callback=_share,
+                help="Read blocks of rows, 10% of them for example; every σ then has a 95 % interval.",
+            ),
         )
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def device_options(command: Command) -> Command:
+    """Where the arithmetic is done."""
+    command = click.option(
+        "--device-memory", "device_memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
+        help="Bound on the memory of each device.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--device", metavar="cpu|cuda[:N]|mps|auto", default="cpu", show_default=True,
+        help="What reduces the weights; auto compares rates measured here.",
+    )(command)  # fmt: skip

@@ -13,10 +13,14 @@ _QUIET_SECONDS = 1.0
 
 
 class ProgressBar:
-    """A `Progress` callback: nothing for the first second, then a bar on stderr; never where stderr is no terminal."""
+    """A `Progress` callback: nothing for the first second, then a bar on stderr; never where stderr is no terminal.
+
+    Says the bytes, their rate since the first of them came, and the time left at that rate.
+    """
 
     def __init__(self) -> None:
         self._start = time.monotonic()
+        self._begun: float | None = None
         self._bar: Any = None
         self._done = 0
 
@@ -30,11 +34,29 @@ class ProgressBar:
             self._bar.__exit__(kind, error, traceback)
 
     def __call__(self, done: int, total: int) -> None:
-        seconds = time.monotonic() - self._start
-        if seconds < _QUIET_SECONDS or not sys.stderr.isatty():
+        now = time.monotonic()
+        self._begun = now if self._begun is None else self._begun
+        if now - self._start < _QUIET_SECONDS or not sys.stderr.isatty():
             return
         if self._bar is None:
-            self._bar = click.progressbar(length=total, label="reading", file=sys.stderr, width=30).__enter__()
-        self._bar.label = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / seconds / 1e9:.2f} GB/s"
+            self._bar = click.progressbar(
+                length=total, label="reading", file=sys.stderr, width=24, show_eta=False
+            ).__enter__()
+        self._bar.label = progress_line(done, total, now - self._begun)
         self._bar.update(done - self._done)
         self._done = done
+
+
+def progress_line(done: int, total: int, seconds: float) -> str:
+    """So many of so many bytes, the rate, and the time that the rest will take at it."""
+    from llmfp.report.terminal import size
+
+    rate = done / seconds if seconds > 0 else 0.0
+    left = f", {_duration((total - done) / rate)} left" if rate else ""
+    return f"{size(done)} of {size(total)}, {size(round(rate))}/s{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -10,7 +10,15 @@ from typing import Any
 import click
 
 from llmfp import api
-from llmfp.cli.options import debug_option, deep_option, json_option, reading_options, verbose_option
+from llmfp.cli.options import (
+    SOURCE,
+    debug_option,
+    deep_option,
+    device_options,
+    json_option,
+    reading_options,
+    verbose_option,
+)
 from llmfp.cli.progress import ProgressBar
 from llmfp.fingerprint import SUFFIX, is_fingerprint
 from llmfp.plan import Plan
@@ -18,23 +26,26 @@ from llmfp.report import printable, terminal
 
 
 @click.command("scan", short_help="Fingerprint a checkpoint: σ of every attention matrix.")
-@click.argument("source", type=click.Path(path_type=Path, readable=False))
+@click.argument("source", type=SOURCE)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help=f"Keep the fingerprint, as *{SUFFIX}.")
 @deep_option(None, "Look at what heads compute, as comparisons need; default: where the fingerprint is kept.")
 @json_option
 @reading_options
+@device_options
 @verbose_option
 @debug_option
-def command(source: Path, out: Path | None, deep: bool | None, as_json: bool, verbose: bool, **reading: Any) -> None:
+def command(source: str, out: Path | None, deep: bool | None, as_json: bool, verbose: bool, **reading: Any) -> None:
     """Reads the attention weights of SOURCE once and prints the standard deviation σ of Q, K, V and O in every layer.
 
-    SOURCE is a model's directory, a single .safetensors, .bin, .pt or .pth file, or a saved fingerprint.
+    SOURCE is a model's directory, a single .safetensors, .gguf, .bin, .pt or .pth file, or a saved fingerprint; or a
+    model of the Hugging Face Hub (ORG/NAME, ORG/NAME@REVISION, hf://ORG/NAME) or the https address of a weight file, of
+    which only the attention weights are fetched and nothing is kept.
     """
     if out is not None:
         _check_writable(out)
     planned = _say_plan if verbose else None
     with ProgressBar() as bar:
-        deep = out is not None if deep is None else deep
+        deep = out is not None and reading["sample"] is None if deep is None else deep
         fingerprint = api.scan(source, deep=deep, planned=planned, progress=bar, **reading)
     if out is not None:
         fingerprint.save(out)

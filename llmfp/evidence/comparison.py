@@ -131,6 +131,9 @@ def compare(
     aligned = _layer_map(tower_a, tower_b, coherence)
     residual = residual_symmetry(tower_a, tower_b, permutations=permutations, seed=seed, layer_map=aligned.pairs)
     heads = head_symmetry(tower_a, tower_b, permutations=permutations, seed=seed, layer_map=aligned.pairs)
+    if sampled := [each.source["name"] for each in (a, b) if each.sample is not None]:
+        absent = Missing(f"{' and '.join(sampled)}: a sample of rows holds nothing that this test compares")
+        residual, heads, coherence = absent, absent, absent
     place = _place(kind(a, name_a), kind(b, name_b), tower_a, tower_b, models)
     found: dict[str, Outcome | Missing] = {
         "residual": _outcome("residual", "exact", residual),
@@ -176,9 +179,9 @@ def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:
 
 
 def _identical(a: Fingerprint, b: Fingerprint, tower_a: TowerFingerprint, tower_b: TowerFingerprint) -> bool:
-    """Whether both come from the same weights; weights that are all alike come from nowhere."""
+    """Whether both come from the same weights; weights that are all alike come from nowhere, a sample is not all."""
     varied = any(std for column in tower_a.std.values() for std in column)
-    return varied and a.digest == b.digest and tower_a.statistics == tower_b.statistics
+    return varied and a.sample is b.sample is None and a.digest == b.digest and tower_a.statistics == tower_b.statistics
 
 
 def _same(one: TowerFingerprint, *others: TowerFingerprint) -> bool:

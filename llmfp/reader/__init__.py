@@ -1,7 +1,7 @@
-"""How bytes arrive: mapped from the page cache, or read into a buffer of the thread's own.
+"""How bytes arrive: mapped from the page cache, read into a buffer of the thread's own, or received from a server.
 
 Warm files are mapped, since that saves the copy (1.1 to 1.4 times as fast, bench/bench_readers.py); everything else is
-read with pread, which keeps more requests in flight and behaves on network file systems. Both hand out the same bytes.
+read with pread, which keeps more requests in flight and behaves on network file systems. All hand out the same bytes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Protocol
 
 from llmfp.architecture import AttentionMap
 from llmfp.checkpoint import Checkpoint, Shard
-from llmfp.checkpoint.live import LiveCheckpoint
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 
 if TYPE_CHECKING:
     import torch
+
+    from llmfp.hub.client import Client
 
 READERS = ("auto", "mmap", "pread")
 _SAMPLES = 64
@@ -34,10 +35,15 @@ class Reader(Protocol):
     """Aimed size of one read."""
     extra_bytes: int
     """Resident bytes that one read can cost beyond its own."""
+    block_bytes: int
+    """Least size of a read that a sample is worth."""
     min_threads: int
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
     max_threads: int | None
     """The most threads that may read; None for any number."""
+
+    def begin(self, plan: Plan) -> None:
+        """Says what will be read, before anything is."""
 
     def read(self, step: Step) -> tuple[Buffer | torch.Tensor, int]:
         """A buffer and the position in it of the step's first byte; valid until this thread's next `read` or `release`.
@@ -51,21 +57,33 @@ class Reader(Protocol):
     def release(self, step: Step) -> None:
         """Gives the step's memory back."""
 
+    def cancel(self) -> None:
+        """Lets reads that wait for something fail soon."""
+
     def close(self) -> None:
         """Closes every file. Raises CheckpointError when one has changed since its header was read."""
 
 
 def open_reader(
-    name: str, checkpoint: Checkpoint, attention: AttentionMap, backend: Backend, *, probe: bool = True
+    name: str,
+    checkpoint: Checkpoint,
+    attention: AttentionMap,
+    backend: Backend,
+    *,
+    client: Client | None = None,
+    probe: bool = True,
 ) -> Reader:
     """The reader of that name; `auto` maps when most of the weights are in the page cache already.
 
-    Finding that out reads one byte of some tensors; without `probe`, `auto` takes them for cached.
+    Finding that out reads one byte of some tensors; without `probe`, `auto` takes them for cached. A remote checkpoint
+    is read through `client`, which the reader closes.
     """
-    if isinstance(checkpoint, LiveCheckpoint):
-        from llmfp.reader.tensor_reader import TensorReader
+    if any(shard.remote is not None for shard in checkpoint.shards):
+        from llmfp.reader.http_reader import HttpReader
 
-        return TensorReader(checkpoint, attention, backend)
+        if name != "auto" or client is None:
+            raise CheckpointError(f"reader {name} reads files on disk", hint="leave --reader out for a remote source")
+        return HttpReader(checkpoint.shards, client)
     from llmfp.reader.mmap_reader import MmapReader
     from llmfp.reader.pread_reader import PreadReader
 

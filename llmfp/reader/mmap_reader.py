@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
 
 
@@ -24,6 +24,7 @@ class MmapReader:
     name = "mmap"
     step_bytes = 8 << 20
     extra_bytes = 4 << 20  # 2 MiB mapped along with either end
+    block_bytes = 1
     min_threads = 1
     max_threads: int | None = None
 
@@ -44,6 +45,9 @@ class MmapReader:
         self._lock = threading.Lock()
         self._local = threading.local()
 
+    def begin(self, plan: Plan) -> None:
+        """Nothing: shards are opened when first read."""
+
     def read(self, step: Step) -> tuple[Buffer, int]:
         from llmfp import _native
 
@@ -57,6 +61,14 @@ class MmapReader:
         _native.copy(mapped, step.offset_bytes, memoryview(buffer)[: step.nbytes])
         return memoryview(buffer)[: step.nbytes], 0
 
+    def read_into(self, step: Step, view: memoryview) -> None:
+        """Copies the step into memory of the caller's, which is just as large. Raises as `read` does."""
+        from llmfp import _native
+
+        mapped = self._mapping(step.shard)
+        _native.populate(mapped, step.offset_bytes, step.nbytes)
+        _native.copy(mapped, step.offset_bytes, view)
+
     def ahead(self, step: Step) -> None:
         """Nothing: mapped files are in the page cache, and a miss is read ahead by the kernel."""
 
@@ -64,6 +76,9 @@ class MmapReader:
         from llmfp import _native
 
         _native.release(self._mapping(step.shard), step.offset_bytes, step.nbytes)
+
+    def cancel(self) -> None:
+        """Nothing: no read waits for anything but the device."""
 
     def close(self) -> None:
         opened, self._open = self._open, {}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
 
 
@@ -22,6 +22,7 @@ class PreadReader:
     name = "pread"
     step_bytes = 2 << 20
     extra_bytes = 0
+    block_bytes = 1
     min_threads = 4
     max_threads: int | None = None
 
@@ -31,18 +32,25 @@ class PreadReader:
         self._lock = threading.Lock()
         self._local = threading.local()
 
+    def begin(self, plan: Plan) -> None:
+        """Nothing: shards are opened when first read."""
+
     def read(self, step: Step) -> tuple[Buffer, int]:
-        descriptor = self._descriptor(step.shard)
         buffer: bytearray = getattr(self._local, "buffer", bytearray())
         if len(buffer) < step.nbytes:
             self._local.buffer = buffer = bytearray(step.nbytes)
-        view, done = memoryview(buffer)[: step.nbytes], 0
+        view = memoryview(buffer)[: step.nbytes]
+        self.read_into(step, view)
+        return view, 0
+
+    def read_into(self, step: Step, view: memoryview) -> None:
+        """Reads the step into memory of the caller's, which is just as large. Raises as `read` does."""
+        descriptor, done = self._descriptor(step.shard), 0
         while done < step.nbytes:
             got = os.preadv(descriptor, [view[done:]], step.offset_bytes + done)
             if got == 0:
                 raise OSError(errno.EIO, "the file ends before the tensor does")
             done += got
-        return view, 0
 
     def ahead(self, step: Step) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -50,6 +58,9 @@ class PreadReader:
 
     def release(self, step: Step) -> None:
         """Nothing: the buffer is reused by the thread's next step."""
+
+    def cancel(self) -> None:
+        """Nothing: no read waits for anything but the device."""
 
     def close(self) -> None:
         descriptors, self._descriptors = self._descriptors, {}

@@ -10,7 +10,7 @@ from llmfp.checkpoint.live import LiveCheckpoint, is_sharded, why_unreadable
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer
-from llmfp.plan import Step
+from llmfp.plan import Plan, Step
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,7 @@ class TensorReader:
     """
 
     name = "live"
+    block_bytes = 1
     min_threads = 1
 
     def __init__(self, checkpoint: LiveCheckpoint, attention: AttentionMap, backend: Backend) -> None:
@@ -54,11 +55,17 @@ class TensorReader:
             return content, start
         return content[start : start + step.nbytes].cpu().numpy().data, 0
 
+    def begin(self, plan: Plan) -> None:
+        """Nothing: it is there."""
+
     def ahead(self, step: Step) -> None:
         """Nothing: it is there."""
 
     def release(self, step: Step) -> None:
         """Nothing: it is not ours."""
+
+    def cancel(self) -> None:
+        """Nothing: only a gathering waits, for the other processes."""
 
     def close(self) -> None:
         self._gathered = None

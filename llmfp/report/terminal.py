@@ -20,8 +20,22 @@ def fingerprint_table(fingerprint: Fingerprint) -> str:
     for name, tower in fingerprint.towers.items():
         lines += ["", *_tower_rows(name, tower, titled=len(fingerprint.towers) > 1)]
     lines += ["", *_run_lines(fingerprint)]
+    if fingerprint.sample is not None:
+        lines += ["", *_sample_lines(fingerprint)]
     lines += [f"caveat: {caveat}" for caveat in fingerprint.caveats]
     return "\n".join(map(printable, lines))
+
+
+def _sample_lines(fingerprint: Fingerprint) -> list[str]:
+    """How far σ may be off, per role: half of the interval's width, in percent of σ."""
+    lines = []
+    for name, tower in fingerprint.towers.items():
+        for role, column in tower.interval.items():
+            widths = [100 * (high - low) / (high + low) for low, high in filter(None, column) if high > low]
+            if widths:
+                where = f"{role.upper()} of the {name} tower" if len(fingerprint.towers) > 1 else role.upper()
+                lines.append(f"σ {where}: within {min(widths):.1f} to {max(widths):.1f} % with 95 % confidence each")
+    return lines
 
 
 def plan_line(plan: Plan) -> str:
