@@ -8,7 +8,7 @@ import click
 
 import llmfp
 
-COMMANDS = ("scan", "plan", "show", "compare", "backends")
+COMMANDS = ("scan", "plan", "show", "compare", "backends", "bench")
 
 
 class LazyGroup(click.Group):
