@@ -6,7 +6,7 @@ MODEL ?= $(DEMO)
 SECONDS ?= 60
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help scan test lint bench fuzz clean
+.PHONY: help scan test lint bench fuzz docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -26,7 +26,10 @@ bench: .venv/bench ## measure against peers and ceilings, store bench/results/
 	$(BIN)/python -m bench
 
 fuzz: .venv/fuzz ## fuzz every parser for SECONDS (60) each
-	for parser in safetensors gguf torch json adapter; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+	for parser in safetensors gguf torch json adapter config quant_state; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+
+docs: .venv/installed ## build the documentation into build/docs, warnings as errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 
 clean: ## remove what these targets made
 	rm -rf .venv .demo build llmfp/_native*.so llmfp.egg-info

@@ -1,4 +1,4 @@
-"""`python -m bench [kernels] [encodings] [readers] [scan] [deep] [pytest options]`: measures, prints, keeps results."""
+"""`python -m bench [SUITE …] [pytest options]`: measures, prints, keeps results; every suite of SUITES by default."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from bench.report import report
 
-SUITES = ("kernels", "encodings", "readers", "scan", "deep")
+SUITES = ("kernels", "encodings", "readers", "scan", "deep", "hub", "sample", "registry")
 
 
 def main(arguments: list[str]) -> int:

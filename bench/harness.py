@@ -89,11 +89,16 @@ class Comparison:
         """Says in the table why a variant is not there."""
         self._left_out[name] = reason
 
-    def at_least(self, claim: str, name: str, against: Sequence[str], wanted: float) -> None:
-        """Claims that `name` is at least `wanted` times as fast, in bytes a second, as the fastest of `against`."""
+    def at_least(
+        self, claim: str, name: str, against: Sequence[str], wanted: float, *, counting: str = "bytes"
+    ) -> None:
+        """Claims that `name` is at least `wanted` times as fast as the fastest of `against`, in bytes a second.
+
+        counting: another fact of the rows to count instead of bytes.
+        """
 
         def ratio(n: int) -> float:
-            return self._rate(name, n) / max(self._rate(other, n) for other in against)
+            return self._rate(name, n, counting) / max(self._rate(other, n, counting) for other in against)
 
         self._claim(claim, name, against, wanted, "at least", ratio)
 
@@ -135,9 +140,9 @@ class Comparison:
             variant.samples.append(variant.measure())
         self._backwards = not self._backwards
 
-    def _rate(self, name: str, n: int) -> float:
+    def _rate(self, name: str, n: int, counting: str) -> float:
         variant = self._variants[name]
-        return float(variant.facts["bytes"]) / variant.samples[n].seconds
+        return float(variant.facts[counting]) / variant.samples[n].seconds
 
     def _claim(
         self, claim: str, name: str, against: Sequence[str], wanted: float, sense: str, ratio: Callable[[int], float]

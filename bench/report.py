@@ -26,7 +26,10 @@ from llmfp.hardware.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = "llmfp.bench/1"
-LIBRARIES = ("numpy", "safetensors", "torch", "numkong", "runai-model-streamer", "fastsafetensors", "transformers")
+LIBRARIES = (
+    "numpy", "safetensors", "torch", "numkong", "runai-model-streamer", "fastsafetensors", "transformers",
+    "bitsandbytes", "compressed-tensors", "gguf", "hqq", "mlx",
+)  # fmt: skip
 Json = dict[str, Any]
 
 

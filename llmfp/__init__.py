@@ -20,16 +20,24 @@ if TYPE_CHECKING:
     from llmfp.errors import LlmfpError
     from llmfp.evidence.comparison import Comparison
     from llmfp.fingerprint import Fingerprint
+    from llmfp.identification import Identification, identify
+    from llmfp.registry import Registry
 
 _HOME = {
     "Comparison": "llmfp.evidence.comparison",
     "Fingerprint": "llmfp.fingerprint",
+    "Identification": "llmfp.identification",
     "LlmfpError": "llmfp.errors",
+    "Registry": "llmfp.registry",
     "compare": "llmfp.api",
+    "identify": "llmfp.identification",
     "load": "llmfp.api",
     "scan": "llmfp.api",
 }
-__all__ = ["Comparison", "Fingerprint", "LlmfpError", "__version__", "compare", "load", "scan"]
+__all__ = [
+    "Comparison", "Fingerprint", "Identification", "LlmfpError", "Registry", "__version__", "compare", "identify",
+    "load", "scan",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

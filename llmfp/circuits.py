@@ -4,7 +4,12 @@ With W the effective weights (the norm's gain and, for LayerNorm, its centring i
 
     G_Q = Q·Qᵀ    G_K = K·Kᵀ    C = Q·Kᵀ    G_V = V·Vᵀ    G_O = Oᵀ·O        (head by head, h × h each)
 
-which no orthogonal map of the residual stream and no folding of a norm changes. From them
+which no orthogonal map of the residual stream and no folding of a norm changes. Latent attention has two more spaces
+that may be turned, the latents that its queries, and its keys and values, are made of (the gains of the norms in front
+of these are included): there G_Q is of rows that read the one, or the residual stream, G_K and G_V of rows that read
+the other. The rows that its rotary embedding turns are others, and have Gram matrices of their own: those of a query
+head read what its queries read, the one key of all heads reads the residual stream, and where these are not the same
+there is no C. From them
 
     circuit norms       ½·log tr(G_Q·G_K) = log ‖QᵀK‖, ½·log tr(G_V·G_O) = log ‖O·V‖
     rotary coherence    what is left of G_Q, G_K and C by the one freedom inside a rotary head, a rotation and a scale
@@ -22,11 +27,12 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfp.architecture import LayerHeads, Role, Rotary
+from llmfp.architecture import HeadRows, LayerHeads, Projection, Role, Rotary
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk
 
@@ -61,31 +67,50 @@ class Circuits:
 
 
 @dataclass(frozen=True, slots=True)
-class Grams:
-    """Gram matrices of one layer's heads, float64, as above: q, qk and o [heads, h, h], k and v [kv heads, h, h]."""
+class Turned:
+    """Gram matrices, float64, of the rows of one layer's heads that its rotary embedding turns, and how it does.
+
+    q, k, qk  [heads, h, h], [key heads, h, h] and [heads, h, h]; qk None where q and k read different spaces
+    inputs    coordinates that q and k read
+    """
 
     q: Float64
     k: Float64
-    qk: Float64
+    qk: Float64 | None
+    inputs: tuple[int, int]
+    rotary: Rotary
+
+
+@dataclass(frozen=True, slots=True)
+class Grams:
+    """Gram matrices of one layer's heads, float64, as above: q and o [heads, h, h], k and v [kv heads, h, h].
+
+    v, o None where they do not tell heads apart; turned None without a rotary embedding
+    """
+
+    q: Float64
+    k: Float64
     v: Float64 | None
     o: Float64 | None
+    turned: Turned | None
 
 
-def circuits(grams: Grams, hidden_size: int, rotary: Rotary | None) -> Circuits | None:
+def circuits(grams: Grams) -> Circuits | None:
     """What is kept of a layer; None where a weight is not finite, or no head does anything."""
     group = len(grams.q) // len(grams.k)
     qk_square = np.array([np.vdot(q, grams.k[head // group]) for head, q in enumerate(grams.q)])  # tr(G_Q·G_K)
     ov_square = None
     if grams.v is not None and grams.o is not None:
         ov_square = np.array([np.vdot(o, grams.v[head // group]) for head, o in enumerate(grams.o)])
-    for square in (qk_square, ov_square):
-        if square is not None and not np.isfinite(square).all():
+    turned = () if grams.turned is None else (grams.turned.q, grams.turned.k)
+    for numbers in (qk_square, ov_square, *turned):
+        if numbers is not None and not np.isfinite(numbers).all():
             return None
     if not qk_square.any():
         return None
     average = heads = qk_spectrum = ov_spectrum = None
-    if rotary is not None:
-        average, heads = _rotary_coherence(grams, np.sqrt(qk_square), hidden_size, rotary)
+    if grams.turned is not None:
+        average, heads = _rotary_coherence(grams.turned, np.sqrt(qk_square))
     else:
         qk_spectrum = _halves(spectra(grams.q, grams.k.repeat(group, axis=0)))
         if grams.v is not None and grams.o is not None:
@@ -96,14 +121,15 @@ def circuits(grams: Grams, hidden_size: int, rotary: Rotary | None) -> Circuits 
     return Circuits(qk_norm, ov_norm, average, heads, qk_spectrum, ov_spectrum)
 
 
-def _rotary_coherence(grams: Grams, norms: Float64, hidden_size: int, rotary: Rotary) -> tuple[bytes, bytes]:
+def _rotary_coherence(turned: Turned, norms: Float64) -> tuple[bytes, bytes]:
     """The layer's average over the heads that do something, and every head's sketch; a few heads at a time."""
-    group = len(grams.q) // len(grams.k)
+    group = len(turned.q) // len(turned.k)
     acting = norms > NEGLIGIBLE * np.median(norms)
     total, sketches = np.zeros(0), []
     for first in range(0, len(norms), _HEADS_AT_A_TIME):
         heads = np.arange(first, min(first + _HEADS_AT_A_TIME, len(norms)))
-        entries = coherence(grams.q[heads], grams.k[heads // group], grams.qk[heads], hidden_size, rotary)
+        qk = None if turned.qk is None else turned.qk[heads]
+        entries = coherence(turned.q[heads], turned.k[heads // group], qk, turned.inputs, turned.rotary)
         share = entries[acting[heads]].sum(axis=0)
         total = share if first == 0 else total + share
         sketches.append(sketch(entries))
@@ -114,10 +140,12 @@ def _halves(values: Float64) -> bytes:
     return values.astype(np.float16).tobytes()
 
 
-def coherence(q: Float64, k: Float64, qk: Float64, hidden_size: int, rotary: Rotary) -> Float64:
+def coherence(q: Float64, k: Float64, qk: Float64 | None, inputs: tuple[int, int], rotary: Rotary) -> Float64:
     """Float64[heads, entries]: how much the rotary pairs of every head have in common.
 
-    q, k, qk  [heads, h, h], for every query head the Gram matrices of itself, of its key head, and of both
+    q, k, qk  [heads, h, h], for every query head the Gram matrices of itself, of its key head, and of both; without qk
+              there are no entries of both
+    inputs    how many coordinates queries and keys read
 
     The only maps inside a head that commute with every rotation of a rotary embedding of distinct frequencies turn and
     scale each pair: with the pair's rows as one complex row q_i = w_i + i·w_{i+P}, they multiply q_i by a complex
@@ -127,27 +155,30 @@ def coherence(q: Float64, k: Float64, qk: Float64, hidden_size: int, rotary: Rot
         |⟨q_i, q_j⟩|² / 2√(B_ii·B_jj)  (i < j)     |⟨q_i, q̄_j⟩|² / 2√(B_ii·B_jj)  (i ≤ j)     likewise for K
         B^QK_ij / √(B^Q_ii·B^K_jj)     (all i, j)
 
-    do not change, nor under an orthogonal map of the residual stream or the folding of a norm. Given as log(x + ½/d):
-    two random rows of d inputs have x near 1/d. Pairs are in the order of their frequency, so that two models'
-    entries mean the same. Checked against loops over complex rows, and by applying each of those maps.
+    do not change, nor under an orthogonal map of the space that they read or the folding of a norm. Where all heads of
+    a layer share one key, as in latent attention, that key is multiplied but once, and so are all heads' q_i by one
+    number: of a complex number per head and pair one per pair is left. The entries do not change either where every
+    head has its own; what heads have in common beyond that, the ratios of their q_i, is not used.
+
+    Given as log(x + ½/d): two random rows of d inputs have x near 1/d. Pairs are in the order of their frequency, so
+    that two models' entries mean the same. Checked against loops over complex rows, and by applying each of those maps.
     """
     order = _pair_order(rotary)
-    q, k, qk = (each[:, order][:, :, order] for each in (q, k, qk))
     pairs = rotary.pairs
     above, from_diagonal = np.triu_indices(pairs, 1), np.triu_indices(pairs)
     parts, diagonals = [], []
-    for gram in (q, k):
-        same, conjugate = _blocks(gram, pairs)
+    for gram, size in zip((q, k), inputs, strict=True):
+        same, conjugate = _blocks(gram[:, order][:, :, order], pairs)
         diagonal = np.einsum("hii->hi", same + conjugate) / 2
         scale = 2 * np.sqrt(diagonal[:, :, None] * diagonal[:, None, :])
-        parts.append(_ratio(same, scale)[:, *above])
-        parts.append(_ratio(conjugate, scale)[:, *from_diagonal])
+        parts.append(np.log(_ratio(same, scale)[:, *above] + 0.5 / size))
+        parts.append(np.log(_ratio(conjugate, scale)[:, *from_diagonal] + 0.5 / size))
         diagonals.append(diagonal)
-    same, conjugate = _blocks(qk, pairs)
-    scale = np.sqrt(diagonals[0][:, :, None] * diagonals[1][:, None, :])
-    parts.append(_ratio((same + conjugate) / 2, scale).reshape(len(qk), -1))
-    logarithms: Float64 = np.log(np.concatenate(parts, axis=1) + 0.5 / hidden_size)
-    return logarithms
+    if qk is not None:
+        same, conjugate = _blocks(qk[:, order][:, :, order], pairs)
+        scale = np.sqrt(diagonals[0][:, :, None] * diagonals[1][:, None, :])
+        parts.append(np.log(_ratio((same + conjugate) / 2, scale).reshape(len(qk), -1) + 0.5 / inputs[0]))
+    return np.concatenate(parts, axis=1)
 
 
 def spectra(a: Float64, b: Float64) -> Float64:
@@ -201,10 +232,10 @@ def _ratio(x: Float64, y: Float64) -> Float64:
 class LayerGrams:
     """Gathers the Gram matrices of one layer. Any thread may add any step; `add` says which call was the last.
 
-    Where heads run along the stored rows, a head's rows are multiplied when all of them have come: from the step's own
-    buffer, or, where steps cut a head, from a float32 copy of that head. Where they run along the stored columns, each
-    unit of rows adds its share. C needs a query head and its key head together, so what K is stored as is kept until
-    the layer is done, and whoever brings Q waits for it, unless both lie side by side in the same rows.
+    Where heads run along the stored rows, a part of a head is multiplied when all its rows have come: from the step's
+    own buffer, or, where steps cut it, from a float32 copy of it. Where they run along the stored columns, each unit of
+    rows adds its share. C needs a query head and its key head together, so what K is stored as is kept until the layer
+    is done, and whoever brings Q waits for it, unless both lie side by side in the same rows, or there is no C.
     """
 
     def __init__(
@@ -216,99 +247,117 @@ class LayerGrams:
         self._backend = backend
         self._lock = threading.Lock()
         self._steps_left = dict(steps)
-        self._parts = {role: _Part(heads, role) for role in heads.projections}
-        self._qk = np.zeros((heads.heads, heads.size, heads.size))
-        self._keys: list[tuple[int, Chunk]] = []
-        self._cut: dict[tuple[Role, int], _CutHead] = {}
+        self._parts = {rows: _Part(rows, heads.projections[rows.role]) for rows in heads.parts}
+        self._cross = None if heads.crossed is None else _Cross(*heads.crossed)
+        self._kept: list[tuple[int, Chunk]] = []
+        self._cut: dict[tuple[HeadRows, int], _CutHead] = {}
 
     def keep(self, row: int, chunk: Chunk) -> None:
         """Takes a step of K, in a buffer that stays, for Q to come."""
         with self._lock:
-            self._keys.append((row, chunk))
+            self._kept.append((row, chunk))
 
-    def add(self, role: Role, row: int, position: int, chunk: Chunk, keys: Chunk | None = None) -> bool:
+    def add(self, role: Role, row: int, position: int, chunks: Mapping[Role, Chunk]) -> bool:
         """Takes a step's rows, from `row` of the projection on; True for the call that completes the layer.
 
         position  the step's number among those of its projection
-        keys      K's part of the same rows, where they are stored side by side with Q's; else all of K is here
+        chunks    by role, all that is stored side by side in these rows; for Q, if K is not, all of K is here
         """
         if self.heads.projections[role].residual_is_stored_rows:
-            self._add_columns(role, row, position, chunk, keys)
+            self._add_columns(role, row, position, chunks)
         else:
-            self._add_rows(role, row, chunk)
+            self._add_rows(role, row, chunks[role])
         with self._lock:
             self._steps_left[role] -= 1
-            if self._steps_left[Role.K] == 0:
+            if self._cross is not None and self._steps_left[self._cross.keys.role] == 0:
                 self._keys_are_here.set()
             return not any(self._steps_left.values())
 
     def finish(self) -> Grams:
         """The layer's Gram matrices, centred where a LayerNorm takes the mean of the residual stream away."""
-        self._keys.clear()
-        q, k = self._parts[Role.Q], self._parts[Role.K]
-        qk = self._qk
-        if q.centred:
-            keys = k.sums.repeat(self.heads.heads // self.heads.kv_heads, axis=0)
-            qk = qk - q.sums[:, :, None] * keys[:, None, :] / self.heads.projections[Role.Q].view.inputs
-        grams = {role: part.gram() for role, part in self._parts.items()}
-        return Grams(grams[Role.Q], grams[Role.K], qk, grams.get(Role.V), grams.get(Role.O))
+        self._kept.clear()
+        grams = {rows: part.gram() for rows, part in self._parts.items()}
+        heads, turned = self.heads, None
+        if heads.turned is not None and heads.rotary is not None:
+            q, k = heads.turned
+            inputs = heads.projections[q.role].view.inputs, heads.projections[k.role].view.inputs
+            turned = Turned(grams[q], grams[k], self._crossed(), inputs, heads.rotary)
+        v, o = (None if rows is None else grams[rows] for rows in (heads.v, heads.o))
+        return Grams(grams[heads.q], grams[heads.k], v, o, turned)
+
+    def _crossed(self) -> Float64 | None:
+        if self._cross is None:
+            return None
+        q, k = self._parts[self._cross.queries], self._parts[self._cross.keys]
+        if not q.centred:
+            return self._cross.products
+        sums = k.sums.repeat(self._cross.group, axis=0)
+        return self._cross.products - q.sums[:, :, None] * sums[:, None, :] / q.inputs
 
     def _add_rows(self, role: Role, row: int, chunk: Chunk) -> None:
-        size = self._parts[role].size
-        keys: tuple[int, Float32] | None = None
-        group = self.heads.heads // self.heads.kv_heads
-        for head in range(row // size, -(-(row + chunk.rows) // size)):
-            values = self._whole_head(role, head, row, chunk)
-            if values is None:
+        for rows, part in self._parts.items():
+            if rows.role is not role:
                 continue
-            if self.heads.projections[role].centred:
-                values = self._centre(values)
-            self._parts[role].products[head] = _product(values, values)
-            if role is Role.Q:
-                kv_head = head // group
-                if keys is None or keys[0] != kv_head:
-                    keys = kv_head, self._key_rows(kv_head * size, size)
-                self._qk[head] = _product(values, keys[1])
+            keys: tuple[int, Float32] | None = None
+            for head in range(row // rows.stride, -(-(row + chunk.rows) // rows.stride)):
+                values = self._whole_head(rows, head, row, chunk)
+                if values is None:
+                    continue
+                if self.heads.projections[role].centred:
+                    values = self._centre(values)
+                part.products[head] = _product(values, values)
+                if self._cross is not None and rows == self._cross.queries:
+                    key = head // self._cross.group
+                    if keys is None or keys[0] != key:
+                        at = self._cross.keys
+                        keys = key, self._key_rows(at.role, key * at.stride + at.first, at.size)
+                    self._cross.products[head] = _product(values, keys[1])
 
-    def _whole_head(self, role: Role, head: int, row: int, chunk: Chunk) -> Float32 | None:
-        """All rows of a head, [size, inputs]; None while some are still to come."""
-        size = self._parts[role].size
-        first, stop = max(row, head * size), min(row + chunk.rows, (head + 1) * size)
-        if stop - first == size:
-            return self._expand(chunk, first - row, size)
+    def _whole_head(self, rows: HeadRows, head: int, row: int, chunk: Chunk) -> Float32 | None:
+        """All rows of a part of a head, [size, inputs]; None while some are still to come, or where none are here."""
+        start = head * rows.stride + rows.first
+        first, stop = max(row, start), min(row + chunk.rows, start + rows.size)
+        if stop <= first:
+            return None
+        if stop - first == rows.size:
+            return self._expand(chunk, first - row, rows.size)
         with self._lock:
-            cut = self._cut.setdefault((role, head), _CutHead(self._empty(size, chunk.cols, chunk)))
-        at = first - head * size
-        self._expand(chunk, first - row, stop - first, cut.values[at : at + stop - first])
+            cut = self._cut.setdefault((rows, head), _CutHead(self._empty(rows.size, chunk.cols, chunk)))
+        self._expand(chunk, first - row, stop - first, cut.values[first - start : stop - start])
         with self._lock:
             cut.rows += stop - first
-            return self._cut.pop((role, head)).values if cut.rows == size else None
+            return self._cut.pop((rows, head)).values if cut.rows == rows.size else None
 
-    def _add_columns(self, role: Role, row: int, position: int, chunk: Chunk, keys: Chunk | None) -> None:
-        part = self._parts[role]
-        shares = []
+    def _add_columns(self, role: Role, row: int, position: int, chunks: Mapping[Role, Chunk]) -> None:
+        chunk, cross = chunks[role], self._cross
+        shares: dict[HeadRows, list[_Share]] = {rows: [] for rows in self._parts if rows.role is role}
         for first in range(0, chunk.rows, chunk.unit_rows):
-            rows = min(chunk.unit_rows, chunk.rows - first)
-            values = self._expand(chunk, first, rows)
-            products, cross = self._head_products(values, values, part.heads, part.heads), None
-            if role is Role.Q:
-                beside = self._key_rows(row + first, rows) if keys is None else self._expand(keys, first, rows)
-                cross = self._head_products(values, beside, part.heads, self.heads.kv_heads)
-            sums = self._sum_rows(values).reshape(part.heads, -1) if part.centred else None
-            shares.append((products, sums, cross))
+            count = min(chunk.unit_rows, chunk.rows - first)
+            values = self._expand(chunk, first, count)
+            for rows, mine in shares.items():
+                heads, crossed, sums = self._by_head(values, rows), None, None
+                if cross is not None and rows == cross.queries:
+                    beside = chunks.get(at := cross.keys.role)
+                    keys = self._expand(beside, first, count) if beside else self._key_rows(at, row + first, count)
+                    crossed = self._head_products(heads, self._by_head(keys, cross.keys))
+                if self._parts[rows].centred:
+                    sums = _by_head(self._sum_rows(values), rows)[:, :, 0]
+                mine.append((self._head_products(heads, heads), sums, crossed))
         with self._lock:
-            for products, sums, cross in part.in_order(position, shares):
-                part.products += products
-                if sums is not None:
-                    part.sums += sums
-                if cross is not None:
-                    self._qk += cross
+            for rows, mine in shares.items():
+                part = self._parts[rows]
+                for products, sums, crossed in part.in_order(position, mine):
+                    part.products += products
+                    if sums is not None:
+                        part.sums += sums
+                    if cross is not None and crossed is not None:
+                        cross.products += crossed
 
-    def _key_rows(self, first: int, rows: int) -> Float32:
-        """Stored rows [first, first + rows) of K, expanded and, where heads run along them, centred."""
-        k = self.heads.projections[Role.K]
-        values = self._empty(rows, k.view.cols, self._keys[0][1])
-        for start, chunk in self._keys:
+    def _key_rows(self, role: Role, first: int, rows: int) -> Float32:
+        """Stored rows [first, first + rows) of K's projection, expanded and, where heads run along them, centred."""
+        k = self.heads.projections[role]
+        values = self._empty(rows, k.view.cols, self._kept[0][1])
+        for start, chunk in self._kept:
             begin, stop = max(first, start), min(first + rows, start + chunk.rows)
             if begin < stop:
                 self._expand(chunk, begin - start, stop - begin, values[begin - first : stop - first])
@@ -322,27 +371,33 @@ class LayerGrams:
         """Room for expanded rows, where the chunk's are expanded."""
         return np.empty((rows, cols), np.float32)
 
-    def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
-        """Rows of a chunk as float32, times its weights."""
-        out = self._empty(rows, chunk.cols, chunk) if out is None else out
-        self._backend.expand(rows_of(chunk, first, rows), out.data.cast("B"))
-        return out
-
     def _centre(self, values: Float32) -> Float32:
         """Rows less their means."""
         centred: Float32 = values - values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
         return centred
 
     def _sum_rows(self, values: Float32) -> Float64:
-        total: Float64 = values.sum(axis=0, dtype=np.float64)
+        total: Float64 = values.sum(axis=0, dtype=np.float64, keepdims=True)
         return total
 
-    def _head_products(self, x: Float32, y: Float32, heads_x: int, heads_y: int) -> Float32:
-        """Float32[heads of x, h, h]: xᵀ·y over the rows for each head of x and the head of y that it shares."""
-        by_head_x = x.reshape(len(x), heads_x, -1).transpose(1, 2, 0)
-        by_head_y = y.reshape(len(y), heads_y, -1).transpose(1, 0, 2)
-        group = heads_x // heads_y
-        return np.stack([by_head_x[head] @ by_head_y[head // group] for head in range(heads_x)])
+    def _by_head(self, values: Float32, rows: HeadRows) -> Float32:
+        heads: Float32 = _by_head(values, rows)
+        return heads
+
+    def _head_products(self, x: Float32, y: Float32) -> Float32:
+        return _head_products(x, y)
+
+    def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
+        """Rows of a chunk as float32, times its weights."""
+        out = self._empty(rows, chunk.cols, chunk) if out is None else out
+        if chunk.coding is not None and chunk.coding.packing == "down" and (before := first % 32):
+            out[:] = self._expand(chunk, first - before, before + rows)[before:]  # codes that come 32 rows at a time
+            return out
+        self._expand_into(rows_of(chunk, first, rows), out)
+        return out
+
+    def _expand_into(self, part: Chunk, out: Float32) -> None:
+        self._backend.expand(part, out.data.cast("B"))
 
 
 def layer_grams(
@@ -376,16 +431,13 @@ def first_stored_row(chunk: Chunk, row: int) -> int:
 
 
 class _Part:
-    """One projection's products: a Gram matrix per head, and, where stored columns are centred, the sum of each."""
+    """One part's products: a Gram matrix per head, and, where stored columns are centred, the sum of each."""
 
-    def __init__(self, heads: LayerHeads, role: Role) -> None:
-        self.heads = heads.heads if role in (Role.Q, Role.O) else heads.kv_heads
-        self.size = heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
-        projection = heads.projections[role]
-        self._residual_size = projection.residual_size or 0
-        self.products = np.zeros((self.heads, self.size, self.size))
+    def __init__(self, rows: HeadRows, projection: Projection) -> None:
+        self.inputs = projection.residual_size or 0
+        self.products = np.zeros((rows.heads, rows.size, rows.size))
         self.centred = projection.centred and projection.residual_is_stored_rows
-        self.sums = np.zeros((self.heads, self.size))
+        self.sums = np.zeros((rows.heads, rows.size))
         self._next = 0
         self._waiting: dict[int, Sequence[_Share]] = {}
 
@@ -399,7 +451,16 @@ class _Part:
     def gram(self) -> Float64:
         if not self.centred:
             return self.products
-        return self.products - self.sums[:, :, None] * self.sums[:, None, :] / self._residual_size
+        return self.products - self.sums[:, :, None] * self.sums[:, None, :] / self.inputs
+
+
+class _Cross:
+    """Products of query heads with their key heads, [query heads, h, h]."""
+
+    def __init__(self, queries: HeadRows, keys: HeadRows) -> None:
+        self.queries, self.keys = queries, keys
+        self.group = queries.heads // keys.heads
+        self.products = np.zeros((queries.heads, queries.size, keys.size))
 
 
 _Share = tuple[Float32, Float64 | None, Float32 | None]
@@ -420,3 +481,18 @@ def _product(x: Float32, y: Float32) -> Float64:
     for start in range(0, x.shape[1], BLOCK):
         total += x[:, start : start + BLOCK] @ y[:, start : start + BLOCK].T
     return total
+
+
+def _by_head(values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
+    """[heads, size, len(values)]: a part's columns of stored rows."""
+    stored = values.reshape(len(values), rows.heads, rows.stride)
+    return stored[:, :, rows.first : rows.first + rows.size].transpose(1, 2, 0)
+
+
+def _head_products(x: Float32, y: Float32) -> Float32:
+    """Float32[heads of x, h, h]: x·yᵀ of each head of x and the head of y that it shares."""
+    group = len(x) // len(y)
+    products = np.empty((len(x), x.shape[1], y.shape[1]), np.float32)
+    for head, each in enumerate(x):
+        np.matmul(each, y[head // group].T, out=products[head])
+    return products

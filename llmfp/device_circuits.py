@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmfp.architecture import Role
-from llmfp.circuits import BLOCK, Float32, Float64, LayerGrams, rows_of
+from llmfp.architecture.specs import HeadRows
+from llmfp.circuits import BLOCK, Float32, Float64, LayerGrams
 from llmfp.kernels.torch_fallback import expanded
 from llmfp.marginals import Buffer, Chunk
 
@@ -25,30 +26,33 @@ class DeviceGrams(LayerGrams):
     """The Gram matrices of one layer, multiplied on the device that its chunks lie on; arrays are torch's."""
 
     def _add_rows(self, role: Role, row: int, chunk: Chunk) -> None:
-        size, stop_row = self._parts[role].size, row + chunk.rows
-        first, stop = -(-row // size), stop_row // size
-        if first < stop:
-            values = self._expand(chunk, first * size - row, (stop - first) * size)
-            self._multiply(role, first, values)
-        for head in sorted({row // size, (stop_row - 1) // size} - set(range(first, stop))):
-            whole = self._whole_head(role, head, row, chunk)
-            if whole is not None:
-                self._multiply(role, head, whole)
+        stop_row = row + chunk.rows
+        for rows in self._parts:
+            if rows.role is not role:
+                continue
+            first, stop = -(-row // rows.stride), stop_row // rows.stride
+            if first < stop:
+                values: Any = self._expand(chunk, first * rows.stride - row, (stop - first) * rows.stride)
+                heads = values.reshape(stop - first, rows.stride, -1)[:, rows.first : rows.first + rows.size]
+                self._multiply(rows, first, heads)
+            for head in sorted({row // rows.stride, (stop_row - 1) // rows.stride} - set(range(first, stop))):
+                whole: Any = self._whole_head(rows, head, row, chunk)
+                if whole is not None:
+                    self._multiply(rows, head, whole[None])
 
-    def _multiply(self, role: Role, first: int, values: Any) -> None:
-        """Heads from `first` on, [heads · size, inputs], with themselves, and queries with their keys."""
-        size, group = self._parts[role].size, self.heads.heads // self.heads.kv_heads
-        if self.heads.projections[role].centred:
-            values = self._centre(values)
-        heads = values.reshape(-1, size, values.shape[1])
+    def _multiply(self, rows: HeadRows, first: int, heads: Any) -> None:
+        """Heads from `first` on, [heads, size, inputs], with themselves, and queries with their keys."""
         stop = first + len(heads)
-        self._parts[role].products[first:stop] = _products(heads, heads)
-        if role is Role.Q:
-            first_key, stop_key = first // group, -(-stop // group)
-            keys: Any = self._key_rows(first_key * size, (stop_key - first_key) * size)
-            keys = keys.reshape(-1, size, keys.shape[1])
-            theirs = [head // group - first_key for head in range(first, stop)]
-            self._qk[first:stop] = _products(heads, keys[theirs])
+        if self.heads.projections[rows.role].centred:
+            heads = self._centre(heads)
+        self._parts[rows].products[first:stop] = _products(heads, heads)
+        cross = self._cross
+        if cross is not None and rows == cross.queries:
+            at, first_key, stop_key = cross.keys, first // cross.group, -(-stop // cross.group)
+            keys: Any = self._key_rows(at.role, first_key * at.stride, (stop_key - first_key) * at.stride)
+            keys = keys.reshape(stop_key - first_key, at.stride, -1)[:, at.first : at.first + at.size]
+            theirs = [head // cross.group - first_key for head in range(first, stop)]
+            cross.products[first:stop] = _products(heads, keys[theirs])
 
     def _empty(self, rows: int, cols: int, _like: Chunk) -> Any:
         import torch
@@ -56,22 +60,23 @@ class DeviceGrams(LayerGrams):
         device = self._device if isinstance(_like.data, Buffer) else _like.data.device
         return torch.empty((rows, cols), dtype=torch.float32, device=device)
 
-    def _expand(self, chunk: Chunk, first: int, rows: int, out: Any = None) -> Any:
-        values = expanded(rows_of(chunk, first, rows), self._device)
-        return values if out is None else out.copy_(values)
+    def _expand_into(self, part: Chunk, out: Any) -> None:
+        out.copy_(expanded(part, self._device))
 
     def _centre(self, values: Any) -> Any:
-        return values - values.mean(1, keepdim=True, dtype=_real(values)).to(values.dtype)
+        return values - values.mean(-1, keepdim=True, dtype=_real(values)).to(values.dtype)
 
     def _sum_rows(self, values: Any) -> Float64:
-        total: Float64 = values.sum(0, dtype=_real(values)).cpu().numpy().astype(np.float64)
+        total: Float64 = values.sum(0, keepdim=True, dtype=_real(values)).cpu().numpy().astype(np.float64)
         return total
 
-    def _head_products(self, x: Any, y: Any, heads_x: int, heads_y: int) -> Float32:
-        by_head_x = x.reshape(len(x), heads_x, -1).permute(1, 2, 0)
-        by_head_y = y.reshape(len(y), heads_y, -1).permute(1, 0, 2)
-        theirs = [head // (heads_x // heads_y) for head in range(heads_x)]
-        products: Float32 = (by_head_x @ by_head_y[theirs]).cpu().numpy()
+    def _by_head(self, values: Any, rows: HeadRows) -> Any:
+        stored = values.reshape(len(values), rows.heads, rows.stride)
+        return stored[:, :, rows.first : rows.first + rows.size].permute(1, 2, 0)
+
+    def _head_products(self, x: Any, y: Any) -> Float32:
+        theirs = [head // (len(x) // len(y)) for head in range(len(x))]
+        products: Float32 = (x @ y[theirs].mT).cpu().numpy()
         return products
 
     @property

@@ -253,15 +253,12 @@ class _Scan:
         else:
             dtype, offset, stride = "", 0, encoding.row_bytes
             coding = replace(coding, place=encoding.place(task.tensor.shape[0], first_row))
-        col_weight = row_weight = None
+        col_weight: Buffer | None = None
+        row_weight: Buffer | None = None
         if step.second:
             col_weight = first.column_means(task.projections.index(projection))
-        elif projection.gain is not None and (gain := self._gains[projection.gain]) is not None:
-            if projection.residual_is_stored_rows:
-                row = step.group * task.rows + step.row
-                row_weight = memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
-            else:
-                col_weight = gain
+        elif projection.residual_size is not None:
+            col_weight, row_weight = self._weights(task, projection, step)
         return Chunk(
             data=data,
             dtype=dtype,
@@ -279,24 +276,33 @@ class _Scan:
             first_col=view.start % task.row_stride,
         )
 
+    def _weights(self, task: Task, projection: Projection, step: Step) -> tuple[Buffer | None, Buffer | None]:
+        """The norm's gain for the columns of a step's rows, or for the rows themselves."""
+        gain = None if projection.gain is None else self._gains[projection.gain]
+        if gain is None or not projection.residual_is_stored_rows:
+            return gain, None
+        row = step.group * task.rows + step.row
+        return None, memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
+
     def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> None:
         """Hands a step's rows to the Gram matrices of its layer; `stop`: where they end in their buffer."""
         step = self.plan.steps[number]
         task = self.plan.tasks[step.task]
         key = task.tower, task.layer
         grams, row = self._layer_grams(key), step.group * task.rows + step.row
-        by_role = {p.role: chunk for p, chunk in zip(task.projections, chunks, strict=True)}
-        if Role.K in by_role and Role.Q not in by_role:
-            grams.keep(row, self._copied(by_role[Role.K], stop))
-        if task.asks:
+        by_role: dict[Role, Chunk] = {}
+        for p, chunk in zip(task.projections, chunks, strict=True):
+            if p.role in grams.heads.projections:
+                columns, rows = self._weights(task, p, step)  # a latent's gain, too, which marginals are without
+                by_role[p.role] = replace(chunk, col_weight=columns, row_weight=rows)
+        if (keys := grams.heads.answers(by_role)) is not None:
+            grams.keep(row, self._copied(by_role[keys], stop))
+        if grams.heads.asks(by_role):
             self._keys_are_here[key].wait()
             if self.stop:
                 return
-        for role, chunk in by_role.items():
-            if role not in grams.heads.projections:
-                continue
-            keys = by_role.get(Role.K) if role is Role.Q else None
-            if grams.add(role, row, self._order[number], chunk, keys):
+        for role in by_role:
+            if grams.add(role, row, self._order[number], by_role):
                 self._close_circuits(key, grams)
 
     def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
@@ -332,7 +338,7 @@ class _Scan:
     def _close_circuits(self, key: tuple[str, int], grams: LayerGrams) -> None:
         from llmfp.circuits import circuits
 
-        found = circuits(grams.finish(), grams.heads.projections[Role.Q].view.inputs, grams.heads.rotary)
+        found = circuits(grams.finish())
         with self.lock:
             del self._grams[key]
             if found is None:

@@ -38,6 +38,9 @@ from llmfp.errors import CheckpointError, FingerprintError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from llmfp.circuits import Circuits
@@ -50,6 +53,10 @@ CIRCUIT_ARRAYS |= {"qk_spectrum": "float16", "ov_spectrum": "float16"}
 _PER_LAYER, _PER_HEAD = ("coherence",), ("qk_norm", "ov_norm")
 """Arrays of one row a layer, and of one number a head; the others have a row a head."""
 _MAX_FILE_BYTES = 256 << 20
+_LARGEST_STD = 1e300
+"""Whose mean over layers can still be taken."""
+_LARGEST_LOG = 1000.0
+"""Of any float64 the natural logarithm is below 710."""
 _SAVED: dict[type | UnionType, tuple[str, ...]] = {
     str: ("architecture", "digest"),
     dict: ("source", "towers", "run"),
@@ -205,12 +212,39 @@ class Fingerprint:
             "sample": None if self.sample is None else dict(self.sample),
         } | ({} if self.sample is None else {"interval": main.interval})
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+    def plot(self) -> Figure:
+        """A Matplotlib figure of σ over layers. Raises LlmfpError where Matplotlib is not installed."""
+        from llmfp.report import figures
+
+        return figures.of_fingerprint(self.to_json())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per tower, role and layer (report.tables.statistics). Raises LlmfpError without pandas."""
+        from llmfp.report import tables
+
+        return tables.to_pandas(tables.statistics(self))
+
+    def to_arrow(self) -> pa.Table:
+        """The same rows for Arrow. Raises LlmfpError without pyarrow."""
+        from llmfp.report import tables
+
+        return tables.to_arrow(tables.statistics(self))
+
+    def _repr_html_(self) -> str:
+        from llmfp.report import page
+
+        return page.fragment("notebook_fingerprint.html.jinja", self.to_json())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
         from safetensors.numpy import save
 
         metadata = {"llmfp.schema": SCHEMA, "llmfp": json.dumps(self.to_json(), allow_nan=False)}
-        write_whole(Path(path), save(_arrays(self.towers), metadata))
+        return save(_arrays(self.towers), metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fingerprint, whole or not at all: to a temporary file beside `path`, then renamed over it."""
+        write_whole(Path(path), self.to_bytes())
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -289,8 +323,9 @@ def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fing
 
 def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> TowerFingerprint:
     layers = tuple(_expect(layer, int, "layers") for layer in saved["layers"])
-    for key in ("heads", "kv_heads", "head_dim"):
-        _expect(saved[key], int | None, key)
+    for key in ("heads", "kv_heads", "head_dim", "hidden_size"):
+        if (size := _expect(saved[key], int | None, key)) is not None and size < 1:
+            raise ValueError(f"{key} is {size}")
 
     def array(key: str, dtype: str) -> NDArray[Any]:
         found = arrays[key]
@@ -303,6 +338,8 @@ def _restored_tower(name: str, saved: dict[str, Any], arrays: Mapping[str, NDArr
         prefix = f"{name}.{role}"
         numbers = {key: array(f"{prefix}.{key}", "float64").tolist() for key in ("mean", "std", "abs_max")}
         numbers |= {key: array(f"{prefix}.{key}", "int64").tolist() for key in ("count", "nonfinite")}
+        if any(value < 0 or _LARGEST_STD < value < math.inf for value in numbers["std"]):
+            raise ValueError(f"{prefix}.std holds what is no standard deviation")
         residual = array(f"{prefix}.residual", "float16")
         around = array(f"{prefix}.interval", "float64") if f"{prefix}.interval" in arrays else None
         if around is not None and around.shape != (len(layers), 2):
@@ -340,17 +377,35 @@ def _restored_rotary(saved: Any) -> Rotary | None:
 
 
 def _restored_circuits(tower: str, layers: int, arrays: Mapping[str, NDArray[Any]]) -> tuple[Circuits | None, ...]:
+    import numpy as np
+
     from llmfp.circuits import Circuits
 
+    if (norms := arrays.get(f"{tower}.qk_norm")) is None:
+        return (None,) * layers
     kept: list[dict[str, Any]] = [{} for _ in range(layers)]
+    heads = [int(np.count_nonzero(~np.isnan(row))) for row in norms]
     for name, dtype in CIRCUIT_ARRAYS.items():
         array = arrays.get(f"{tower}.{name}")
         rank = 3 - (name in _PER_LAYER) - (name in _PER_HEAD)
         if array is not None and (array.dtype != dtype or array.ndim != rank or len(array) != layers):
             raise ValueError(f"{tower}.{name} is {array.dtype} {list(array.shape)}")
+        if array is not None and name in _PER_HEAD and (np.abs(array[np.isfinite(array)]) > _LARGEST_LOG).any():
+            raise ValueError(f"{tower}.{name} holds what is no logarithm")
         for i in range(layers):
-            kept[i][name] = None if array is None else _known(array[i])
+            row = None if array is None else array[i] if name in _PER_LAYER else array[i, : heads[i]]
+            kept[i][name] = None if row is None else _known(row)
+            if row is not None and name not in _PER_LAYER and (len(row) < heads[i] or _torn(row, name)):
+                raise ValueError(f"{tower}.{name} does not hold the {heads[i]} heads of each layer")
     return tuple(Circuits(**each) if each["qk_norm"] is not None else None for each in kept)
+
+
+def _torn(row: NDArray[Any], name: str) -> bool:
+    """Whether of a layer's norms some are there and others are not."""
+    import numpy as np
+
+    missing = np.isnan(row)
+    return name in _PER_HEAD and bool(missing.any() and not missing.all())
 
 
 def _known(row: NDArray[Any]) -> bytes | None:

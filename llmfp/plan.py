@@ -75,10 +75,13 @@ class Task:
         return self.projections[0].layer
 
     @property
-    def asks(self) -> bool:
-        """Whether it holds queries and not their keys."""
-        roles = {p.role for p in self.projections}
-        return Role.Q in roles and Role.K not in roles
+    def nbytes(self) -> int:
+        """Of the projections, all rows of them."""
+        return sum(p.view.nbytes for p in self.projections)
+
+    @property
+    def roles(self) -> set[Role]:
+        return {p.role for p in self.projections}
 
     @property
     def gains(self) -> tuple[NormGain, ...]:
@@ -187,6 +190,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints: reads in order, what is skipped, totals in bytes."""
         shards = self.checkpoint.shards
+        sampled: Counter[int] = Counter()
+        for step in self.steps:
+            sampled[step.task] += step.nbytes
         return {
             "schema": "llmfp.plan/1",
             "architecture": self.attention.family,
@@ -200,10 +206,10 @@ class Plan:
                     "encoding": None if (encoding := task.tensor.encoding) is None else encoding.label,
                     "adapter_rank": None if (lora := task.tensor.lora) is None else lora.a.shape[0],
                     "file": shards[task.tensor.shard].path.name,
-                    "bytes": sum(p.view.nbytes for p in task.projections),
+                    "bytes": task.nbytes if task.blocks is None else sampled[number],
                     "read_twice": task.second_read,
                 }
-                for task in self.tasks
+                for number, task in enumerate(self.tasks)
             ],
             "skipped": self.skipped,
             "attention_bytes": self.attention_bytes,
@@ -320,6 +326,11 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
             rows = (v.tensor.shard, v.tensor.offset_bytes, v.start // v.row_stride, v.group_stride, v.groups, v.rows)
             shared[tower.name, p.layer, *rows].append(p)
     tasks, biases = [], _biases(attention)
+
+    def asks(task: Task) -> bool:
+        heads = circuits.get((task.tower, task.layer))
+        return heads is not None and heads.asks(task.roles)
+
     for key in sorted(shared, key=lambda key: [str(key[0]), *key[1:]]):
         projections = sorted(shared[key], key=lambda p: p.view.start)
         view = projections[0].view
@@ -339,7 +350,8 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
                 biases=biases.pop((str(key[0]), projections[0].layer), ()),
             )
         )
-    return sorted(tasks, key=lambda task: (task.tower, task.layer, (task.tower, task.layer) in circuits and task.asks))
+
+    return sorted(tasks, key=lambda task: (task.tower, task.layer, asks(task)))
 
 
 def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
@@ -424,32 +436,38 @@ def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
     results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
     scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
-    multiplied = 0
-    for p in task.projections:
-        if heads is not None and p.role in heads.projections:
-            size = _head_size(heads, p.role)
-            if p.residual_is_stored_rows:  # a unit in float32, with its keys, and its share of every head's products
-                multiplied += 8 * rows * p.view.cols + 8 * p.view.cols * size
-            else:  # a head, its key head, and one that steps cut
-                multiplied += 12 * size * p.view.cols + 16 * size * size
+    multiplied = 0 if heads is None else sum(_multiplied(p, rows, heads) for p in task.projections)
     return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results + multiplied
 
 
-def _head_size(heads: LayerHeads, role: Role) -> int:
-    return heads.size if role in (Role.Q, Role.K) else heads.value_size or 0
+def _multiplied(p: Projection, rows: int, heads: LayerHeads) -> int:
+    """What multiplying a unit of `rows` rows takes beyond the unit itself."""
+    parts = [part for part in heads.parts if part.role is p.role]
+    if not parts:
+        return 0
+    if not p.residual_is_stored_rows:  # a head, its key head, and one that steps cut; codes that start before it
+        size = max(part.size for part in parts)
+        before = 0 if p.view.tensor.encoding is None else 4 * (size + 32) * p.view.cols
+        return 12 * size * p.view.cols + before + 16 * size * size
+    keys = heads.projections[heads.crossed[1].role].view.cols if heads.asks({p.role}) and heads.crossed else 0
+    shares = sum(8 * part.heads * part.size**2 for part in parts)
+    return 4 * rows * (p.view.cols + keys) + shares  # a unit in float32, its keys, and its share of all heads' products
 
 
 def _gram_bytes(heads: LayerHeads) -> int:
-    """What a layer keeps until its last step: products of all heads, and K as it is stored."""
-    products = (2 * heads.heads + heads.kv_heads) * heads.size**2
-    products += (heads.heads + heads.kv_heads) * (heads.value_size or 0) ** 2
-    return 8 * products + heads.projections[Role.K].view.nbytes
+    """What a layer keeps until its last step: products of all heads, and keys to be multiplied as they are stored."""
+    products = sum(part.heads * part.size**2 for part in heads.parts)
+    if heads.crossed is None:
+        return 8 * products
+    queries, keys = heads.crossed
+    return 8 * (products + queries.heads * queries.size * keys.size) + heads.projections[keys.role].view.nbytes
 
 
 def _circuit_bytes(heads: LayerHeads) -> int:
     """What the fingerprint keeps of a layer's heads."""
-    kept = 2 * heads.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 4 * heads.heads * heads.size
-    return kept + 16 * heads.heads + 1024
+    spectra = heads.q.size + (heads.v.size if heads.v else 0)
+    kept = 2 * heads.q.heads * 256 + 6 * heads.rotary.pairs**2 if heads.rotary else 2 * heads.q.heads * spectra
+    return kept + 16 * heads.q.heads + 1024
 
 
 def _kept_bytes(tasks: Sequence[Task], circuits: Mapping[tuple[str, int], LayerHeads]) -> int:

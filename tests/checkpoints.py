@@ -115,6 +115,7 @@ class Layout:
     biases    names of biases by "q", "k", "v" or "qkv"; a fused one is laid out as its weights are
     norm      "rms" or "layer": what centres the residual stream
     before    gain in front of Q, K, V; after: gain between O and the residual addition
+    latent    gains in front of "q_b" and "kv_b"
     post      no norm in front of Q, K, V: they read the stream as it is
     square    heads · head_dim equals the hidden size and K, V have as many heads as Q
     one_kv    K and V have one head
@@ -140,6 +141,7 @@ class Layout:
     norm: str = "rms"
     before: str = ""
     after: str = ""
+    latent: Mapping[str, str] = field(default_factory=dict)
     offset: float = 0.0
     post: bool = False
     square: bool = False
@@ -172,6 +174,7 @@ _LLAMA_NAMES = {
 }
 _LLAMA_MLP = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 _LATENT_KV = {"kv_a": "self_attn.kv_a_proj_with_mqa.weight", "kv_b": "self_attn.kv_b_proj.weight"}
+_LATENT_NORMS = {"q_b": "self_attn.q_a_layernorm.weight", "kv_b": "self_attn.kv_a_layernorm.weight"}
 _QKV = (("q", "query"), ("k", "key"), ("v", "value"))
 _T5_NAMES = {role: f"SelfAttention.{role}.weight" for role in "qkvo"}
 
@@ -513,14 +516,14 @@ LAYOUTS: dict[str, list[Layout]] = {
                 "o": "self_attn.o_proj.weight",
             },
             before="input_layernorm.weight",
-            extra=("self_attn.q_a_layernorm.weight", "self_attn.kv_a_layernorm.weight", "self_attn.indexer.wk.weight"),
+            latent=_LATENT_NORMS, extra=("self_attn.indexer.wk.weight",),
         )
     ],
     "deepseek, V2-Lite": [
         Layout(
             "deepseek", {"model_type": "deepseek_v2", **LLAMA_CONFIG}, "model.layers.{}",
             factors={"q": "self_attn.q_proj.weight", **_LATENT_KV, "o": "self_attn.o_proj.weight"},
-            before="input_layernorm.weight", extra=("self_attn.kv_a_layernorm.weight",),
+            before="input_layernorm.weight", latent={"kv_b": _LATENT_NORMS["kv_b"]},
         )
     ],
     "deepseek_v4": [
@@ -612,9 +615,9 @@ VISION_LAYOUTS: dict[str, list[Layout]] = {
 class Model:
     """A checkpoint's content and, beside it, what each projection is: the W [out, in] that was drawn for it.
 
-    By (tower, layer, role): `effective` weights as rows along the residual stream, and `profiles`, log RMS of each of
-    its coordinates, where it is read or written; `head_sizes` where heads are known, and as many `vectors` as there are
-    biases and gains.
+    By (tower, layer, role): `effective` weights as rows along the residual stream, or along a latent, and `profiles`,
+    log RMS of each of its coordinates, where it is read or written; `head_sizes` where heads are known, and as many
+    `vectors` as there are biases and gains.
     """
 
     tensors: dict[str, NDArray[Any] | Stored] = field(default_factory=dict)
@@ -692,9 +695,15 @@ def _add_layer(model: Model, layout: Layout, layer: int, kv_heads: int, rng: np.
             gains[part] = rng.uniform(0.5, 2.0, inputs if part == "before" else model.hidden).astype(np.float32)
             model.tensors[f"{block}.{suffix}"] = gains[part] - np.float32(layout.offset)
             model.vectors[layout.tower, layer, vector] = gains[part].astype(np.float64)
+    for role, suffix in layout.latent.items():
+        gains[role] = rng.uniform(0.5, 2.0, drawn[role].shape[1]).astype(np.float32)
+        model.tensors[f"{block}.{suffix}"] = gains[role]
+        model.vectors[layout.tower, layer, f"{role.removesuffix('_b')}_latent_norm"] = gains[role].astype(np.float64)
     for role, weights in drawn.items():
         key = layout.tower, layer, role
         model.weights[key] = weights.astype(np.float64)
+        if role in layout.latent:
+            model.effective[key] = model.weights[key] * gains[role].astype(np.float64)
         if role not in ("q_b", "kv_b", "o_a"):
             model.effective[key] = along_residual(model.weights[key], role, layout, gains)
             model.profiles[key] = 0.5 * np.log(np.square(model.effective[key]).mean(axis=0))

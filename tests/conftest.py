@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmfp.kernels import BACKENDS, Backend, load
+from tests import browser as browsers
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REQUIRE = "LLMFP_REQUIRE"
-"""Back ends, comma-separated, whose absence is a failure and not a skip: a machine that has them must test them."""
+"""Back ends, and "chromium", comma-separated, whose absence is a failure and not a skip: a machine that has them must
+test them."""
+_CHROMIUM = "chromium"
 
 
 def pytest_configure() -> None:
-    if unknown := _required() - set(BACKENDS):
+    if unknown := _required() - {*BACKENDS, _CHROMIUM}:
         raise pytest.UsageError(f"{REQUIRE} names unknown back ends: {', '.join(sorted(unknown))}")
 
 
@@ -41,6 +45,17 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"{SHARED_DATA} is not here")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browsers.Browser]:
+    """Chromium without a screen, one for all tests."""
+    if (reason := browsers.missing()) is not None:
+        if _CHROMIUM in _required():
+            pytest.fail(f"{REQUIRE} names chromium: {reason}")
+        pytest.skip(reason)
+    with browsers.started(tmp_path_factory.mktemp("browser") / "profile") as window:
+        yield window
 
 
 def _required() -> set[str]:

@@ -11,7 +11,8 @@ client in test_hub_server.py.
         ...                               # HF_ENDPOINT=hub.endpoint
         assert hub.count("resolve") == 3 and hub.bytes_sent("storage") < 1_000_000
 
-`python -m tests.hub_server FOLDER` serves every FOLDER/org/name until it is interrupted, and prints the endpoint.
+`python -m tests.hub_server FOLDER` serves every FOLDER/org/name, unhashed, until it is interrupted, and prints the
+endpoint.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ _LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".onnx",
 _LFS_FROM = 10 << 10
 _PAGE = 100
 _CHUNK = 1 << 20
+_HUGE_BYTES = 64 << 20
 _OTHER_ETAG = "0" * 64
 _ANSWERED_SECONDS = 5.0
 
@@ -149,6 +151,7 @@ class HubServer:
     lifetime     of signed URLs, in seconds
     limits       requests of "api" and of "resolvers" in `window` seconds; none when empty
     page         models on one page of a listing
+    hash_files   False names huge files by path and time, not by content, for benchmarks on many gigabytes
     """
 
     def __init__(
@@ -160,8 +163,10 @@ class HubServer:
         limits: dict[str, int] | None = None,
         window: int = 300,
         page: int = _PAGE,
+        hash_files: bool = True,
     ) -> None:
         self.clock, self.token, self.lifetime, self.window, self.page = clock, token, lifetime, window, page
+        self.hash_files = hash_files
         self.limits = dict(limits or {})
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
@@ -222,12 +227,15 @@ class HubServer:
     def _store(self, path: Path, name: str) -> StoredFile:
         status = path.stat()
         key = path, status.st_size, status.st_mtime_ns
+        hashed = self.hash_files or status.st_size < _HUGE_BYTES
         if key not in self._hashes:
             oid, sha256 = hashlib.sha1(f"blob {status.st_size}\0".encode()), hashlib.sha256()
             with path.open("rb") as file:
-                while part := file.read(_CHUNK):
+                while hashed and (part := file.read(_CHUNK)):
                     oid.update(part)
                     sha256.update(part)
+            if not hashed:
+                sha256.update(str(key).encode())
             self._hashes[key] = oid.hexdigest(), sha256.hexdigest()
         oid_hex, sha_hex = self._hashes[key]
         lfs = name.endswith(_LFS_SUFFIXES) or status.st_size > _LFS_FROM
@@ -335,6 +343,12 @@ class HubServer:
         if query.get("Signature", [""])[0] != self._signature(blob, expires) or self.clock() > expires:
             return None
         return self._blobs.get(blob)
+
+    def public_file(self, path: str) -> StoredFile | None:
+        """A file of a repo's main branch under /public/{org}/{name}/{file}, as any web server has files."""
+        found = re.fullmatch(r"/public/([^/]+/[^/]+)/(.+)", path)
+        repo = self.repos.get(found[1]) if found else None
+        return repo.commits[repo.refs["main"]].get(found[2]) if repo and found else None
 
     def _signature(self, blob: str, expires: int) -> str:
         return hmac.new(self._key, f"{blob} {expires}".encode(), "sha256").hexdigest()
@@ -722,13 +736,14 @@ class _EndpointHandler(_Handler):
 
 
 class _StorageHandler(_Handler):
-    """The storage: signed URLs, ranges, and no idea of tokens; one that arrives here anyway is recorded."""
+    """The storage: signed URLs, ranges, and no idea of tokens; one that arrives here anyway is recorded. Beside them,
+    files for everybody under /public."""
 
     def host_of(self, path: str) -> str:  # noqa: ARG002
         return "storage"
 
     def answer(self, path: str, query: dict[str, list[str]]) -> None:
-        stored = self.hub.signed_blob(path, query)
+        stored = self.hub.public_file(path) or self.hub.signed_blob(path, query)
         if stored is None:
             self.send(403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>")
         else:
@@ -736,7 +751,7 @@ class _StorageHandler(_Handler):
 
 
 if __name__ == "__main__":
-    with HubServer() as hub:
+    with HubServer(hash_files=False) as hub:
         top = Path(sys.argv[1])
         for folder in sorted(top.glob("*/*")):
             hub.add(folder.relative_to(top).as_posix(), folder)

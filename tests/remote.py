@@ -43,13 +43,16 @@ class TestClock:
 
 
 def client(
-    hub: HubServer, clock: TestClock | None = None, *, token: str | None = None, cache: Path = Path("/none")
+    hub: HubServer,
+    clock: TestClock | None = None,
+    *,
+    token: str | None = None,
+    cache: Path = Path("/none"),
+    stall_seconds: float = 20.0,
 ) -> Client:
-    return Client(
-        Settings(endpoint=hub.endpoint, token=token, cache=cache),
-        clock=(clock or TestClock()).clock(),
-        stall_seconds=0.5,
-    )
+    """stall_seconds passes in earnest: short only where a server is told to stop sending."""
+    settings = Settings(endpoint=hub.endpoint, token=token, cache=cache)
+    return Client(settings, clock=(clock or TestClock()).clock(), stall_seconds=stall_seconds)
 
 
 def write_experts(folder: Path, *, layers: int = 4, experts: int = 4, shards: int = 4, seed: int = 0) -> Path:

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 import llmfp
 from llmfp import circuits
 from llmfp.architecture import Rotary
-from llmfp.circuits import Grams, coherence, sketch, spectra
+from llmfp.circuits import Grams, Turned, coherence, sketch, spectra
 from llmfp.errors import PlanError
 from llmfp.fingerprint import TowerFingerprint
 from tests.checkpoints import BACKEND, LAYOUTS, Model, build, write_model
+from tests.quantised import write_quantised
+from tests.test_encoding_gptq import gptq
 
 HALF, NEIGHBOURS = "half", "neighbours"
 ROTARY = {
@@ -50,7 +52,7 @@ def rows_of(case: str, head_dim: int) -> Rotary | None:
     return Rotary(int(head_dim * share) // 2, members == NEIGHBOURS)
 
 
-def loops(q: Float64, k: Float64, rotary: Rotary, d: int) -> list[float]:
+def loops(q: Float64, k: Float64, rotary: Rotary, *, crossed: bool = True) -> list[float]:
     """The coherence of one head from its rows [h, d], complex and one entry at a time."""
     pairs = range(rotary.pairs)
     first, second = (
@@ -65,15 +67,17 @@ def loops(q: Float64, k: Float64, rotary: Rotary, d: int) -> list[float]:
         return abs(np.vdot(x, y)) ** 2, abs(np.dot(x, y)) ** 2
 
     block = {(n, i): sum(terms(x[i], x[i])) / 2 for n, x in enumerate(rows) for i in pairs}
-    entries = []
+    found = []
     for n, x in enumerate(rows):
         scale = {(i, j): 2 * np.sqrt(block[n, i] * block[n, j]) for i in pairs for j in pairs}
-        entries += [terms(x[i], x[j])[0] / scale[i, j] for i in pairs for j in pairs if i < j]
+        entries = [terms(x[i], x[j])[0] / scale[i, j] for i in pairs for j in pairs if i < j]
         entries += [terms(x[i], x[j])[1] / scale[i, j] for i in pairs for j in pairs if i <= j]
-    entries += [
-        sum(terms(rows[0][i], rows[1][j])) / 2 / np.sqrt(block[0, i] * block[1, j]) for i in pairs for j in pairs
-    ]
-    return [float(np.log(entry + 0.5 / d)) for entry in entries]
+        found += [float(np.log(entry + 0.5 / x.shape[1])) for entry in entries]
+    if crossed:
+        between = {(i, j): sum(terms(rows[0][i], rows[1][j])) / 2 for i in pairs for j in pairs}
+        entries = [between[i, j] / np.sqrt(block[0, i] * block[1, j]) for i in pairs for j in pairs]
+        found += [float(np.log(entry + 0.5 / q.shape[1])) for entry in entries]
+    return found
 
 
 def grams_of(q: Float64, k: Float64) -> tuple[Float64, Float64, Float64]:
@@ -92,8 +96,8 @@ def heads_of(model: Model, tower: str, layer: int, role: str, size: int) -> Floa
 @pytest.mark.parametrize("rotary", [Rotary(4, False), Rotary(4, True), Rotary(3, False), Rotary(1, True)])
 def test_coherence_is_that_of_complex_rows(rotary: Rotary) -> None:
     q, k = RNG.normal(size=(3, 8, 20)), RNG.normal(size=(3, 8, 20))
-    expected = [loops(one, other, rotary, 20) for one, other in zip(q, k, strict=True)]
-    np.testing.assert_allclose(coherence(*grams_of(q, k), 20, rotary), expected, rtol=1e-12)
+    expected = [loops(one, other, rotary) for one, other in zip(q, k, strict=True)]
+    np.testing.assert_allclose(coherence(*grams_of(q, k), (20, 20), rotary), expected, rtol=1e-12)
 
 
 def turned_and_scaled(x: Float64, factors: NDArray[np.complex128], rotary: Rotary) -> Float64:
@@ -111,19 +115,19 @@ def test_no_map_that_commutes_with_the_rotary_embedding_moves_coherence_or_norms
     """Turning and scaling pairs and rotating the residual stream leave everything to 1e-9; mixing two pairs, which does
     not commute, does not."""
     q, k = RNG.normal(size=(2, 8, 20)), RNG.normal(size=(2, 8, 20))
-    plain = coherence(*grams_of(q, k), 20, rotary)
+    plain = coherence(*grams_of(q, k), (20, 20), rotary)
     factors = np.exp(RNG.normal(size=rotary.pairs) + 1j * RNG.uniform(0, 2 * np.pi, rotary.pairs))
     rewritten = turned_and_scaled(q, factors, rotary), turned_and_scaled(k, 1 / factors.conj(), rotary)
     orthogonal = np.linalg.qr(RNG.normal(size=(20, 20)))[0]
     rewritten = rewritten[0] @ orthogonal, rewritten[1] @ orthogonal
-    np.testing.assert_allclose(coherence(*grams_of(*rewritten), 20, rotary), plain, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(coherence(*grams_of(*rewritten), (20, 20), rotary), plain, rtol=0, atol=1e-9)
     if 2 * rotary.pairs == 8:
         logits = [np.einsum("hid,hie->hde", x, y) for x, y in ((q, k), (rewritten[0], rewritten[1]))]
         np.testing.assert_allclose(logits[1], orthogonal.T @ logits[0] @ orthogonal, atol=1e-9)
     mixed = q.copy()
     mixed[:, [0, 1]] = (q[:, [0, 1]].swapaxes(1, 2) @ np.array([[0.8, 0.6], [-0.6, 0.8]])).swapaxes(1, 2)
     if not rotary.interleaved:  # rows 0 and 1 are then of two pairs
-        assert np.abs(coherence(*grams_of(mixed, k), 20, rotary) - plain).max() > 0.1
+        assert np.abs(coherence(*grams_of(mixed, k), (20, 20), rotary) - plain).max() > 0.1
 
 
 def test_circuits_do_not_change_under_invertible_maps_inside_a_head() -> None:
@@ -133,9 +137,8 @@ def test_circuits_do_not_change_under_invertible_maps_inside_a_head() -> None:
     rewritten = [inside[0] @ q, np.linalg.inv(inside[0]).T @ k, inside[1] @ v, np.linalg.inv(inside[1]).T @ o]
 
     def kept(q: Float64, k: Float64, v: Float64, o: Float64) -> circuits.Circuits:
-        gram_q, gram_k, gram_qk = grams_of(q, k)
-        gram_v, gram_o, _ = grams_of(v, o)
-        found = circuits.circuits(Grams(gram_q, gram_k, gram_qk, gram_v, gram_o), 18, None)
+        (gram_q, gram_k, _), (gram_v, gram_o, _) = grams_of(q, k), grams_of(v, o)
+        found = circuits.circuits(Grams(gram_q, gram_k, gram_v, gram_o, None))
         assert found is not None
         return found
 
@@ -172,11 +175,13 @@ def test_a_head_that_does_nothing_is_left_out_of_the_average() -> None:
     q, k = RNG.normal(size=(4, 8, 20)), RNG.normal(size=(4, 8, 20))
     rotary = Rotary(4, False)
     q[2] *= 1e-6
-    found = circuits.circuits(Grams(*grams_of(q, k), None, None), 20, rotary)
+    gram_q, gram_k, gram_qk = grams_of(q, k)
+    turned = Turned(gram_q, gram_k, gram_qk, (20, 20), rotary)
+    found = circuits.circuits(Grams(gram_q, gram_k, None, None, turned))
     assert found is not None
     assert found.coherence is not None
     average = np.frombuffer(found.coherence, np.float16).astype(float)
-    np.testing.assert_allclose(average, coherence(*grams_of(q, k), 20, rotary)[[0, 1, 3]].mean(axis=0), rtol=2e-3)
+    np.testing.assert_allclose(average, coherence(*grams_of(q, k), (20, 20), rotary)[[0, 1, 3]].mean(axis=0), rtol=2e-3)
 
 
 # --- through a scan --------------------------------------------------------------------------------------------------
@@ -215,7 +220,7 @@ def test_every_layout_s_circuits_are_those_of_its_effective_weights(case: str, t
                 want = spectra(q @ q.swapaxes(1, 2), k @ k.swapaxes(1, 2))
                 np.testing.assert_allclose(spectrum[i].astype(float), want, atol=0.02)
             else:
-                each = np.array([loops(one, two, tower.rotary, q.shape[2]) for one, two in zip(q, k, strict=True)])
+                each = np.array([loops(one, two, tower.rotary) for one, two in zip(q, k, strict=True)])
                 assert stored is not None
                 assert heads is not None
                 np.testing.assert_allclose(stored[i].astype(float), each.mean(axis=0), atol=5e-3)
@@ -241,6 +246,28 @@ def test_a_deep_scan_changes_no_digest_and_nothing_changes_its_circuits(
     assert llmfp.scan(split, backend=BACKEND, deep=True).main.circuits == found.main.circuits
     monkeypatch.setattr("llmfp.reader.pread_reader.PreadReader.step_bytes", 1)  # a unit a step: heads of 24 in 32 rows
     assert llmfp.scan(folder, backend=BACKEND, deep=True, reader="pread").main.circuits == found.main.circuits
+
+
+@pytest.mark.parametrize("head_dim", [16, 48])
+def test_heads_of_a_quantised_output_projection_need_not_begin_where_its_words_do(
+    head_dim: int, tmp_path: Path
+) -> None:
+    """GPTQ packs 32 stored rows into words, and O's heads run along these."""
+    rng, size = np.random.default_rng(2), 4 * head_dim
+    cases = {role: gptq(size, size, rng) for role in "qkvo"}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}
+    folder = write_quantised(tmp_path / "all", {role: case.fields for role, case in cases.items()}, config, heads=4)
+    q, k, v, o = ((cases[r].dense.T if r == "o" else cases[r].dense).reshape(4, head_dim, size) for r in "qkvo")
+    found = llmfp.scan(folder, deep=True).main
+    for name, x, y in (("qk_norm", q, k), ("ov_norm", v, o)):
+        expected = [[np.log(np.linalg.norm(one.T @ two)) for one, two in zip(x, y, strict=True)]]
+        np.testing.assert_allclose(found.circuit(name), expected, rtol=1e-6, err_msg=name)
+    fields = {
+        role: {"weight": case.dense.astype(np.float32)} if role == "k" else case.fields for role, case in cases.items()
+    }
+    mixed = llmfp.scan(write_quantised(tmp_path / "mixed", fields, config, heads=4), deep=True)
+    assert mixed.main.circuits == (None,), "queries stored [in, out] and keys [out, in] are not multiplied"
+    assert any("cannot be told apart" in caveat for caveat in mixed.caveats)
 
 
 def test_a_kept_fingerprint_holds_its_circuits(tmp_path: Path) -> None:

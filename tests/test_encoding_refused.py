@@ -46,3 +46,17 @@ def test_formats_that_are_not_read_are_named(method: str, tmp_path: Path) -> Non
     found = error_of(write_quantised(tmp_path, dict.fromkeys("qkvo", fields), stated, heads=8))
     assert message in found
     assert f"(quantised as {method!r}, says config.json)" in found
+
+
+@pytest.mark.parametrize("shape", [(128, 8), (1024,), (1, 2, 32, 4, 4), (1, 2, 32, 16)])
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_swizzled_scales_are_named(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    cols = 80 if kind == "nvfp4" else 160
+    fields = {"weight_packed": Stored("U8", (64, cols // 2), bytes(64 * cols // 2))}
+    fields["weight_scale"] = Stored("F8_E4M3" if kind == "nvfp4" else "U8", shape, bytes(math.prod(shape)))
+    if kind == "nvfp4":
+        fields["weight_global_scale"] = Stored("F32", (1,), bytes(4))
+    stated = {"quantization_config": {"quant_method": "compressed-tensors", "format": f"{kind}-pack-quantized"}}
+    found = error_of(write_quantised(tmp_path, dict.fromkeys("qkvo", fields), stated, heads=8))
+    assert f"q_proj.weight_scale' has shape {list(shape)} where" in found
+    assert "scales of [64, 5]: these are swizzled" in found

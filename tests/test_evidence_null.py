@@ -71,11 +71,11 @@ def test_p_is_never_below_its_floor() -> None:
 def test_p_of_exchangeable_models_is_uniform_at_most() -> None:
     rng = np.random.default_rng(2)
     p_values = []
-    for _ in range(60):
+    for _ in range(40):
         models = [NullModel("m", f"f{n}", "decoder", None, curves(rng)) for n in range(9)]
         p_values.append(made(place(curves(rng), curves(rng), "decoder", models)).p_value)
     for level in (0.1, 0.2, 0.5):
-        assert np.mean(np.array(p_values) <= level + 1e-9) < level + 3 * np.sqrt(level / 60)
+        assert np.mean(np.array(p_values) <= level + 1e-9) < level + 3 * np.sqrt(level / 40)
 
 
 def test_equal_scores_count_against_the_pair() -> None:

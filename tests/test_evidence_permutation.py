@@ -13,7 +13,13 @@ import pytest
 from numpy.typing import NDArray
 
 from llmfp.evidence.permutation import (
-    Evaluate, matched, neighbouring, permuted, total_scale, two_sided_p, upper_p,
+    Evaluate,
+    matched,
+    neighbouring,
+    permuted,
+    total_scale,
+    two_sided_p,
+    upper_p,
 )  # fmt: skip
 from tests.lineage import KS_LIMIT, Float64, ks_distance
 

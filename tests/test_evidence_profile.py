@@ -1,7 +1,8 @@
-"""The published score and the distances beside it, against loops in float64, closed forms and published correlations."""
+"""The published score and the distances beside it, against loops in float64, closed forms, published correlations."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -21,6 +22,10 @@ Curves = dict[str, list[float | None]]
 
 def curves(rng: np.random.Generator, layers: int) -> Curves:
     return {role: rng.uniform(0.01, 0.1, layers).tolist() for role in ROLES}
+
+
+def everywhere(column: list[float | None]) -> Curves:
+    return dict.fromkeys(ROLES, column)
 
 
 def points(column: list[float | None]) -> list[tuple[float, float]]:
@@ -64,7 +69,7 @@ def wasserstein_loop(a: list[float], b: list[float]) -> float:
     """∫ |F − G| dx over the line, where quantile functions are integrated in the code."""
     cuts = sorted({*a, *b})
     total = 0.0
-    for low, high in zip(cuts, cuts[1:], strict=False):
+    for low, high in itertools.pairwise(cuts):
         below = [sum(x <= low for x in each) / len(each) for each in (a, b)]
         total += abs(below[0] - below[1]) * (high - low)
     return total
@@ -107,13 +112,13 @@ def test_every_score_is_that_of_a_loop(layers_a: int, layers_b: int) -> None:
 
 def test_closed_forms() -> None:
     """[1, 3] and [2, 2] apart by half; a curve and its interpolation."""
-    a = dict.fromkeys(ROLES, [0.5, 1.0, 1.5])
-    b = dict.fromkeys(ROLES, [1.0, 1.0, 1.0 + 1e-6])
+    a = everywhere([0.5, 1.0, 1.5])
+    b = everywhere([1.0, 1.0, 1.0 + 1e-6])
     found = profile(a, b)
     assert found.wasserstein["q"] == pytest.approx(1 / 3, abs=1e-6)
     assert found.pearson["q"] == pytest.approx(math.sqrt(3) / 2)
-    line = dict.fromkeys(ROLES, [0.1 + 0.01 * n for n in range(5)])
-    finer = dict.fromkeys(ROLES, [0.2 + 0.001 * n for n in range(23)])
+    line = everywhere([0.1 + 0.01 * n for n in range(5)])
+    finer = everywhere([0.2 + 0.001 * n for n in range(23)])
     assert profile(line, finer).pearson["mean"] == pytest.approx(1)
     assert profile(line, finer).wasserstein["q"] > 0
 
@@ -163,21 +168,20 @@ def test_what_gives_no_score_has_a_reason() -> None:
     assert found.pearson["mean"] == pytest.approx(((found.pearson["v"] or 0) + (found.pearson["o"] or 0)) / 2)
     assert pearson_mean(a, b, ROLES) is None
     assert pearson_mean(a, b, ["v", "o"]) == found.pearson["mean"]
-    nothing = dict.fromkeys(ROLES, [None] * 4)
+    nothing = everywhere([None] * 4)
     found = profile(nothing, b)
     assert set(found.pearson.values()) == {None}
     assert set(found.reasons) == set(ROLES)
-    single = profile(dict.fromkeys(ROLES, [0.1]), b)
+    single = profile(everywhere([0.1]), b)
     assert set(single.kl.values()) == {None}
-    empty: list[float | None] = []
-    assert set(profile(dict.fromkeys(ROLES, empty), b).pearson.values()) == {None}
-    assert set(profile(dict.fromkeys(ROLES, [0.0] * 5), b).wasserstein.values()) == {None}, "σ of 0 is constant"
+    assert set(profile(everywhere([]), b).pearson.values()) == {None}
+    assert set(profile(everywhere([0.0] * 5), b).wasserstein.values()) == {None}, "σ of 0 is constant"
 
 
 def test_a_curve_that_interpolation_flattens_has_no_correlation() -> None:
     """The shorter varies only where the longer has no layer to ask it at: nothing to correlate, not ±1."""
-    a: Curves = dict.fromkeys(ROLES, [0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1])
-    b: Curves = dict.fromkeys(ROLES, [0.1, None, 0.2, 0.3, 0.5, None, None, None, None, None, 0.4, 0.2, 0.1])
+    a: Curves = everywhere([0.1, 0.1, 0.1, 0.9, 0.1, 0.1, 0.1])
+    b: Curves = everywhere([0.1, None, 0.2, 0.3, 0.5, None, None, None, None, None, 0.4, 0.2, 0.1])
     found = profile(a, b)
     values = {scores for scores in found.pearson.values() if scores is not None}
     assert all(abs(value) <= 1 for value in values)

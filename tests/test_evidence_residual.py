@@ -157,11 +157,11 @@ def test_p_is_uniform_on_independent_models() -> None:
     """Outlier coordinates persist over layers, where normal tails fail; the structure check refuses next to none."""
     rng = np.random.default_rng(6)
     drawn, p_values = 99, []
-    for seed in range(400):
+    for seed in range(250):
         pair = [tower_of(independent(rng)) for _ in "ab"]
         found = residual_symmetry(*pair, permutations=drawn, seed=seed)
         p_values += [found.p_value] if isinstance(found, Residual) else []
-    assert len(p_values) >= 398
+    assert len(p_values) >= 248
     assert ks_distance(p_values, drawn, rng) < KS_LIMIT
 
 
@@ -171,13 +171,13 @@ def test_what_lies_between_blocks_makes_no_agreement() -> None:
     rng = np.random.default_rng(7)
     drawn, p_values = 99, []
     imprinted = np.repeat([0.0, 1.5, 3.0, 5.0], BLOCK)
-    for seed in range(200):
+    for seed in range(120):
         pair = [independent(rng, hidden=128) for _ in "ab"]
         pair = [{role: rows + imprinted for role, rows in each.items()} for each in pair]
         assert np.corrcoef(*(each["q"][0] for each in pair))[0, 1] > 0.5
         found = residual_symmetry(*map(tower_of, pair), permutations=drawn, seed=seed)
         p_values += [found.p_value] if isinstance(found, Residual) else []
-    assert len(p_values) >= 198
+    assert len(p_values) >= 118
     assert ks_distance(p_values, drawn, rng) < KS_LIMIT
 
 
@@ -222,7 +222,7 @@ def test_a_seed_says_p() -> None:
 
 
 def test_structure_over_the_index_in_both_models_is_no_evidence() -> None:
-    """Neighbours alike, as under sinusoidal positions: coordinates are not exchangeable. In one model they still are."""
+    """Neighbours alike, as under sinusoidal positions: labels carry meaning. In one model alone it costs nothing."""
     rng = np.random.default_rng(12)
     wave = 2 * np.sin(np.arange(64) / 3)
     smooth = [{role: rows + wave for role, rows in independent(rng).items()} for _ in "ab"]

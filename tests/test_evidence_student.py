@@ -9,7 +9,6 @@ import pytest
 
 from llmfp.evidence.student import predicted_p, upper_tail
 
-
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(120)
 
 

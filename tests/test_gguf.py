@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import llmfp
 from llmfp import api
+from llmfp.architecture import Rotary
 from llmfp.architecture.families import families
 from llmfp.checkpoint import open_checkpoint
 from llmfp.encoding.ggml import TYPES
@@ -188,15 +189,16 @@ def test_every_family_finds_its_projections(family: str, tmp_path: Path) -> None
         del tensors["blk.0.attn_k.weight"], tensors["blk.0.attn_v.weight"]
         tensors["blk.0.attn_kv_a_mqa.weight"] = weights("k")[:80]
         tensors["blk.0.attn_kv_b.weight"] = weights("v")[:, :64]
-        tensors["blk.0.attn_q.weight"] = weights("q")
+        tensors["blk.0.attn_q.weight"] = weights("q")[:128]  # 4 heads: 16 rows turned, 16 not, 16 values
         tensors["blk.0.attn_output.weight"] = weights("o")[:, :64]
     path = write(tmp_path / "model.gguf", tensors, architecture)
     found = llmfp.scan(path)
     assert found.architecture == family
     for tower in found.towers.values():
-        roles = "qo" if family == "gguf_deepseek2" else "qkvo"
-        for role in roles:
-            expected = weights(role)[:, :64] if family == "gguf_deepseek2" and role == "o" else weights(role)
+        kept = {role: weights(role) for role in "qkvo"}
+        if family == "gguf_deepseek2":
+            kept = {"q": kept["q"][:128], "o": kept["o"][:, :64]}
+        for role, expected in kept.items():
             assert tower.std[role] == [pytest.approx(expected.std(dtype=np.float64), rel=1e-6)]
     assert len(found.towers) == len(blocks)
     if family in ("gguf", "gguf_layer_norm", "gguf_gemma2", "gguf_olmo2", "gguf_bert"):
@@ -205,6 +207,39 @@ def test_every_family_finds_its_projections(family: str, tmp_path: Path) -> None
             del tensors[f"blk.0.attn_{role}.weight"]
         tensors["blk.0.attn_qkv.weight"] = fused
         assert llmfp.scan(write(tmp_path / "fused.gguf", tensors, architecture)).std == found.std
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "gemma4", "plamo3", "modern-bert", "neo-bert", "nemotron_h"])
+def test_norms_beside_attention_are_those_of_the_architecture(architecture: str, tmp_path: Path) -> None:
+    """Falcon-40B's attention reads what attn_norm_2 puts out; the norm behind O is Gemma's and PLaMo's."""
+    gains = {"attn_norm_2": 2.0} if architecture == "falcon" else {}
+    behind = architecture in ("gemma4", "plamo3")
+    gains |= {"post_attention_norm": 4.0} if behind else {}
+    tensors = model()
+    for name, gain in {"attn_norm": 0.5, **gains}.items():
+        tensors[f"blk.0.{name}.weight"] = np.full(HIDDEN, gain, np.float32)
+    found = llmfp.scan(write(tmp_path / "model.gguf", tensors, architecture)).main
+    layer_norm = architecture in ("falcon", "modern-bert")
+    for role, gain in (("q", 2.0 if architecture == "falcon" else 0.5), ("o", 4.0 if behind else 1.0)):
+        read = gain * weights(role).astype(np.float64)
+        axis = 1 if role == "o" else 0
+        if layer_norm:
+            read -= read.mean(axis=1 - axis, keepdims=True)
+        expected = 0.5 * np.log(np.square(read).mean(axis=axis))
+        np.testing.assert_allclose(found.residual(role)[0], expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("architecture", "interleaved"), [("deepseek2", True), ("plm", True), ("minicpm3", False)])
+def test_latent_attention_s_row_order_is_that_of_its_converter(
+    architecture: str, interleaved: bool, tmp_path: Path
+) -> None:
+    """llama.cpp turns neighbours in deepseek2 and plm, halves in minicpm3."""
+    names = {"attn_q": (128, 256), "attn_kv_a_mqa": (80, 256), "attn_kv_b": (128, 64), "attn_output": (256, 64)}
+    tensors = {f"blk.0.{name}.weight": np.ones(shape, np.float32) for name, shape in names.items()}
+    tensors["blk.0.attn_kv_a_norm.weight"] = np.full(64, 2, np.float32)
+    found = llmfp.scan(write(tmp_path / "model.gguf", tensors, architecture)).main
+    assert (found.heads, found.head_dim, found.rotary) == (4, 32, Rotary(8, interleaved))
+    assert found.roles["kv_latent_norm"]["mean"] == [2]
 
 
 def test_llama_s_row_order_is_recorded(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ import llmfp
 from llmfp import api
 from llmfp.__main__ import main
 from llmfp.errors import HubError, LlmfpError
-from llmfp.hub.client import Client, Clock
+from llmfp.hub.client import STALL_SECONDS, Client, Clock
 from llmfp.hub.listing import list_models
 from llmfp.hub.repository import describe
 from llmfp.hub.settings import Settings, is_local
 from llmfp.hub.source import HubId, WeightUrl, looks_remote, parse_source
+from llmfp.hub.throttle import MOST_AT_ONCE, Throttle
 from llmfp.reader.fetches import MOST_GAP_BYTES, fetches
 from tests.checkpoints import BACKEND, build
 from tests.hub_server import FAULTS, HubServer
@@ -203,9 +205,17 @@ def test_one_file_of_a_model_and_an_address(hub: HubServer, tmp_path: Path) -> N
     right = llmfp.scan(path / "model.safetensors", backend=BACKEND).digest
     assert scan(hub, "hf://org/one@main/model.safetensors").digest == right
     assert scan(hub, f"{hub.endpoint}/org/one/resolve/main/model.safetensors").digest == right
-    address = hub.sign(str(hub.repos["org/one"].files("main")[1]["model.safetensors"].etag))  # type: ignore[index]
-    with pytest.raises(LlmfpError, match="not a weight file"):  # the storage's names have no suffix
-        scan(hub, address)
+    found = scan(hub, f"{hub.storage}/public/org/one/model.safetensors?key=secret", token="hf_right")
+    assert (found.digest, found.source["name"]) == (right, "model.safetensors")
+    assert found.source["url"] == f"{hub.storage}/public/org/one/model.safetensors"
+    assert found.source["model_type"] is None, "a signed address says nothing of its neighbours"
+    beside = scan(hub, f"{hub.storage}/public/org/one/model.safetensors", token="hf_right")
+    assert (beside.digest, beside.source["model_type"]) == (right, "qwen3")
+    assert {each.authorized for each in hub.asked("storage")} == {False}
+    with pytest.raises(LlmfpError, match="refuses with status 403"):
+        scan(hub, f"{hub.storage}/public/org/one/other.safetensors")
+    with pytest.raises(LlmfpError, match="not a weight file"):
+        scan(hub, hub.sign(sha256_of(hub, SHARD)))
 
 
 def test_a_revision_is_pinned_to_its_commit(hub: HubServer, tmp_path: Path) -> None:
@@ -303,7 +313,7 @@ def test_what_passes_leaves_no_trace(kind: str, skip: int, hub: HubServer, local
     """skip: whether it meets the header or the weights of the shard."""
     hub.fail(kind, sha256_of(hub, SHARD), host="storage", skip=skip, **HEALED[kind])
     clock = TestClock()
-    assert scan(hub, clock=clock).digest == local.digest
+    assert scan(hub, clock=clock, stall_seconds=0.5 if kind == "drip" else 20.0).digest == local.digest
     assert hub.fault("storage", sha256_of(hub, SHARD), [kind]) is None
     if kind == "429":
         assert max(clock.waits) == 7
@@ -324,7 +334,7 @@ def test_what_does_not_pass_is_an_error_that_names_the_file(kind: str, skip: int
 def test_what_never_passes_is_given_up(kind: str, hub: HubServer) -> None:
     hub.fail(kind, sha256_of(hub, SHARD), host="storage", times=1000, after=1 if kind != "drip" else 0)
     with pytest.raises(HubError, match="given up after 6 tries") as caught:
-        scan(hub)
+        scan(hub, stall_seconds=0.2 if kind == "drip" else 20.0)
     assert SHARD in str(caught.value)
 
 
@@ -487,6 +497,55 @@ def test_a_server_slower_than_the_least_is_given_up(hub: HubServer) -> None:
     with client(hub, TestClock(tick=1.0)) as own:
         done, problem = own._fill(Drip(), memoryview(bytearray(1 << 20)))  # type: ignore[arg-type]
     assert (60 < done < 100, problem) == (True, "slower than 50 kB/s")
+
+
+def test_an_interrupt_ends_what_waits_for_a_server(folder: Path) -> None:
+    """A server that stopped sending would otherwise be waited for: half a minute for bytes, longer to try again."""
+    with HubServer() as hub:
+        hub.add("org/experts", folder)
+        hub.fail("drip", host="storage", skip=4, times=1000, after=10)
+
+        def interrupt(_done: int, _total: int) -> None:
+            raise KeyboardInterrupt
+
+        start = time.monotonic()
+        with Client(Settings(endpoint=hub.endpoint, cache=Path("/none"))) as own, pytest.raises(KeyboardInterrupt):
+            llmfp.scan("org/experts", client=own, backend=BACKEND, progress=interrupt)
+        assert time.monotonic() - start < STALL_SECONDS / 2
+
+
+def test_an_error_does_not_wait_for_other_ranges(folder: Path) -> None:
+    """The first shard's weights are refused while the server has stopped sending the others'."""
+    first = SHARD.replace("00002", "00001")
+    with HubServer() as hub:
+        hub.add("org/experts", folder)
+        hub.fail("416", sha256_of(hub, first), host="storage", skip=1, times=1000)
+        hub.fail("drip", host="storage", skip=4, times=1000, after=10)
+        start = time.monotonic()
+        with Client(Settings(endpoint=hub.endpoint, cache=Path("/none"))) as own, pytest.raises(HubError, match=first):
+            llmfp.scan("org/experts", client=own, backend=BACKEND)
+        assert time.monotonic() - start < STALL_SECONDS / 2
+
+
+def test_a_throttle_never_allows_more_than_is_left() -> None:
+    clock = TestClock()
+    throttle = Throttle(clock.now)
+    assert all(throttle.enter("api") for _ in range(MOST_AT_ONCE))
+    for _ in range(MOST_AT_ONCE):
+        throttle.leave("api")
+    throttle.heard("api", 200, {"ratelimit": '"api";r=2;t=60'})
+    assert throttle.enter("api")
+    assert throttle.enter("api")
+    assert throttle.seconds_left("api") == 0
+    throttle.heard("api", 200, {"ratelimit": '"api";r=0;t=60'})
+    throttle.leave("api")
+    throttle.leave("api")
+    assert not throttle.enter("api")
+    assert throttle.seconds_left("api") == 60
+    clock.sleep(60)
+    assert throttle.enter("api")
+    throttle.heard("storage", 503, {})
+    assert sum(throttle.enter("storage") for _ in range(MOST_AT_ONCE // 2)) == MOST_AT_ONCE // 2
 
 
 # --- listing ---------------------------------------------------------------------------------------------------------

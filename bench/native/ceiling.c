@@ -146,6 +146,49 @@ uint64_t ceiling_memory(const void *data, uint64_t nbytes, int threads) {
     return sum;
 }
 
+/* The arithmetic ceiling of any kernel: what the sums alone take. Four rows of 512 floats in the first-level cache are
+ * summed `repetitions` times, x and x^2, by row and by column, and with `weighted` gain * x and its square by row too.
+ * Returns the sum of all squares by column. */
+typedef float Floats __attribute__((vector_size(64), may_alias));
+
+#define SUMS(WEIGHTED)                                                                                                 \
+    for (uint64_t again = 0; again < repetitions; again++) {                                                           \
+        for (int r = 0; r < 4; r++) row[r] = row_square[r] = weighted_row[r] = weighted_square[r] = zero;              \
+        for (int v = 0; v < 32; v++) {                                                                                 \
+            Floats s = sum[v], q = square[v];                                                                          \
+            _Pragma("GCC unroll 4") for (int r = 0; r < 4; r++) {                                                      \
+                const Floats x = rows[32 * r + v];                                                                     \
+                s += x, q += x * x, row[r] += x, row_square[r] += x * x;                                               \
+                if (WEIGHTED) {                                                                                        \
+                    const Floats t = x * gain[v];                                                                      \
+                    weighted_row[r] += t, weighted_square[r] += t * t;                                                 \
+                }                                                                                                      \
+            }                                                                                                          \
+            sum[v] = s, square[v] = q;                                                                                 \
+        }                                                                                                              \
+        for (int r = 0; r < 4; r++)                                                                                    \
+            all_rows[r] += row[r] + row_square[r] + weighted_row[r] + weighted_square[r];                              \
+        if (again % 32 == 31 || again + 1 == repetitions)                                                              \
+            for (int v = 0; v < 32; v++) {                                                                             \
+                for (int l = 0; l < 16; l++) total += square[v][l];                                                    \
+                sum[v] = square[v] = zero;                                                                             \
+            }                                                                                                          \
+    }
+
+double ceiling_sums(const Floats *rows, const Floats *gain, int weighted, uint64_t repetitions) {
+    const Floats zero = {0};
+    Floats sum[32] = {{0}}, square[32] = {{0}}, row[4], row_square[4], weighted_row[4], weighted_square[4];
+    Floats all_rows[4] = {{0}};
+    double total = 0;
+    if (weighted) {
+        SUMS(1)
+    } else {
+        SUMS(0)
+    }
+    __asm__ volatile("" : : "m"(all_rows), "m"(sum)); /* every sum is wanted */
+    return total;
+}
+
 static const struct {
     const char *name;
     Method method;

@@ -9,16 +9,17 @@
 // judged by its own sums, and one that fails is done again by the exact path: float64, two passes, centred, reading
 // the unit (about 2 MB) from cache. float64 elements have only that path.
 //
-// Elements that are quantised, or that an adapter adds to, are STAGED: a group of rows is decoded to float32 a segment
-// at a time, into 8 KiB that stay in the first-level cache, and reduced from there as float32 is.
+// Elements that are quantised, or that an adapter adds to, are STAGED: of a group of rows, a segment at a time is laid
+// out in the first-level cache (segment.hpp) and becomes float32 in registers, in stored order.
 #pragma once
 
-#include "decode.hpp"
+#include "segment.hpp"
 
 namespace llmfp {
 namespace {
 
 constexpr size_t FOLD_ROWS = 32;                    // rows per float32 column sum
+constexpr size_t BAND_ROWS = 8;                     // rows of codes that are read side by side
 constexpr size_t SEGMENT_STEPS = 32;                // vectors per float32 row sum, and such sums per second-level sum
 constexpr double TINY = 0x1p-100, HUGE_SUM = 1e300; // float32 squares below TINY may have underflowed
 constexpr double MOST = 0x1p60, LEAST = 0x1p-50;    // abs_max between these keeps squares far inside float32
@@ -48,11 +49,19 @@ LLMFP_INLINE Moment moment(double s, double q, double inverse) {
 
 // ---------------------------------------------------------------------------------------------------------- fast path
 
+// The largest magnitude so far, of each lane; `bits` of all of them, as of the stored dtype.
+template <class L, Dtype D, bool STAGED> struct Largest : L::template Source<D>::Max {};
+template <class L> struct Largest<L, Dtype::F32, true> {
+    typename L::F32 most = L::F32::zero();
+    float known = 0; // the largest of all lanes, or what it was a while ago
+    uint32_t bits() const { return most_bits(most); }
+};
+
 template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
     using F32 = typename L::F32;
     using F64 = typename L::F64;
     using Source = typename L::template Source<D>;
-    using Max = typename Source::Max;
+    using Max = Largest<L, D, STAGED>;
     using Form = Format<D>;
     static constexpr size_t ITEM = itemsize(D), BLOCK = Form::BLOCK, V = Form::V;
     static constexpr size_t SEGMENT = SEGMENT_STEPS * 16;
@@ -65,6 +74,36 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
                 for (int k = 0; k < SUMS; k++) sum[r][k] = F32::zero();
+        }
+    };
+
+    // x of row r into all sums; those of columns are in `sum` and the like.
+    struct Columns {
+        F32 sum, square, wsum, wsquare, gain;
+        LLMFP_INLINE void load(const Scratch &s, size_t at) {
+            sum = F32::load(s.fast[0] + at), square = F32::load(s.fast[1] + at);
+            if constexpr (W == Weighted::BY_ROW) wsum = F32::load(s.fast[2] + at), wsquare = F32::load(s.fast[3] + at);
+            if constexpr (W == Weighted::BY_COLUMN) gain = F32::load(s.gain_blocked + at);
+        }
+        LLMFP_INLINE void store(const Scratch &s, size_t at) const {
+            sum.store(s.fast[0] + at), square.store(s.fast[1] + at);
+            if constexpr (W == Weighted::BY_ROW) wsum.store(s.fast[2] + at), wsquare.store(s.fast[3] + at);
+        }
+        template <int R> LLMFP_INLINE void add(F32 x, int r, const float *row_weight, Rows<R> &rows) {
+            sum = sum + x;
+            square = fma(x, x, square);
+            rows.sum[r][0] = rows.sum[r][0] + x;
+            rows.sum[r][1] = fma(x, x, rows.sum[r][1]);
+            if constexpr (W == Weighted::BY_COLUMN) {
+                const F32 t = x * gain;
+                rows.sum[r][2] = rows.sum[r][2] + t;
+                rows.sum[r][3] = fma(t, t, rows.sum[r][3]);
+            }
+            if constexpr (W == Weighted::BY_ROW) {
+                const F32 t = x * F32::splat(row_weight[r]);
+                wsum = wsum + t;
+                wsquare = fma(t, t, wsquare);
+            }
         }
     };
 
@@ -83,30 +122,146 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
 #pragma GCC unroll 4
         for (size_t v = 0; v < V; v++) {
             const size_t at = column + 16 * v;
-            F32 sum = F32::load(s.fast[0] + at), square = F32::load(s.fast[1] + at), wsum, wsquare, gain;
-            if constexpr (W == Weighted::BY_ROW) wsum = F32::load(s.fast[2] + at), wsquare = F32::load(s.fast[3] + at);
-            if constexpr (W == Weighted::BY_COLUMN) gain = F32::load(s.gain_blocked + at);
+            Columns columns;
+            columns.load(s, at);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) columns.add(Source::get(packed[r], v), r, row_weight, rows);
+            columns.store(s, at);
+        }
+    }
+
+    // Columns [column, column + 16 * vectors) of R staged rows, whose sums are added to `all_rows`.
+    template <int R, Kept KEPT, Scaling SCALING, bool LOOK>
+    static __attribute__((noinline)) void staged(const Job &job, Spread spread, const Segment *segment, size_t column,
+                                                 size_t vectors, const float *row_weight, Rows<R> &all_rows,
+                                                 Max &all_max) {
+        const Scratch s = job.scratch; // copies, which stores of sums cannot change
+        const uint8_t *code[R];
+        for (int r = 0; r < R; r++) code[r] = segment[r].code;
+        const float *table = job.coding.table;
+        const size_t ahead = job.row_stride * (KEPT == Kept::WORDS ? 1 : R);
+        const size_t step = KEPT == Kept::WORDS ? 64 : job.coding.packing == Packing::GGML ? 17 : 2 * job.coding.bits;
+        Rows<R> rows;
+        rows.clear();
+        F32 most = all_max.most;
+        auto add = [&](size_t v) {
+            const size_t at = column + 16 * v, entry = (v + spread.skew) >> spread.shift;
+            Columns columns;
+            columns.load(s, at);
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
-                const F32 x = Source::get(packed[r], v);
-                sum = sum + x;
-                square = fma(x, x, square);
-                rows.sum[r][0] = rows.sum[r][0] + x;
-                rows.sum[r][1] = fma(x, x, rows.sum[r][1]);
-                if constexpr (W == Weighted::BY_COLUMN) {
-                    const F32 t = x * gain;
-                    rows.sum[r][2] = rows.sum[r][2] + t;
-                    rows.sum[r][3] = fma(t, t, rows.sum[r][3]);
-                }
-                if constexpr (W == Weighted::BY_ROW) {
-                    const F32 t = x * F32::splat(row_weight[r]);
-                    wsum = wsum + t;
-                    wsquare = fma(t, t, wsquare);
-                }
+                constexpr bool SHARED = SCALING == Scaling::SHARED;
+                const F32 x = sixteen<L, KEPT, SCALING>(segment[r], segment[SHARED ? 0 : r],
+                                                        code[SHARED && KEPT == Kept::WORDS ? 0 : r], table, v, entry);
+                if constexpr (LOOK) most = F32::larger(most, x);
+                columns.add(x, r, row_weight, rows);
             }
-            sum.store(s.fast[0] + at), square.store(s.fast[1] + at);
-            if constexpr (W == Weighted::BY_ROW) wsum.store(s.fast[2] + at), wsquare.store(s.fast[3] + at);
+            columns.store(s, at);
+        };
+        size_t v = 0;
+        for (; v + 4 <= vectors; v += 4) {
+            // The same columns of the next rows, which the hardware does not foresee.
+            for (int r = 0; r < R; r++)
+                __builtin_prefetch(segment[r].stored + ahead + v * step + (KEPT == Kept::WORDS ? 64 * r : 0), 0, 3);
+#pragma GCC unroll 4
+            for (size_t k = 0; k < 4; k++) add(v + k);
         }
+        for (; v != vectors; v++) add(v);
+        all_max.most = most;
+        for (int r = 0; r < R; r++)
+            for (int k = 0; k < SUMS; k++) all_rows.sum[r][k] = all_rows.sum[r][k] + rows.sum[r][k];
+    }
+
+    // The same of rows that are yet to be laid out; n columns, at most a segment.
+    template <int R>
+    static void segment_of(const Job &job, Kind kind, size_t row, size_t column, size_t n, Rows<R> &rows, Max &max) {
+        Segment segment[R];
+        const size_t vectors = (n + 15) / 16;
+        bool look = false;
+        for (int r = 0; r < R; r++) {
+            lay<L>(job, kind, row + static_cast<size_t>(r), column, n, segment[r]);
+            if (kind.kept == Kept::FLOATS)
+                for (size_t j = n; j % 16; j++) segment[r].floats[j] = 0;
+        }
+        for (const Segment &each : segment) look |= may_exceed<L>(kind, each, vectors, max.known);
+        const float *row_weight = job.row_weight + (W == Weighted::BY_ROW ? row : 0);
+        auto as = [&](auto reduce) { reduce(job, kind.spread, segment, column, vectors, row_weight, rows, max); };
+        using S = Scaling;
+        switch (kind.kept) {
+        case Kept::FLOATS: as(staged<R, Kept::FLOATS, S::AFFINE, true>); break;
+        case Kept::WORDS:
+            as(shared<R>(segment, kind.kept) ? staged<R, Kept::WORDS, S::SHARED, true>
+                                             : staged<R, Kept::WORDS, S::COLUMNS, true>);
+            break;
+        case Kept::HALVES:
+            as(look ? staged<R, Kept::HALVES, S::AFFINE, true> : staged<R, Kept::HALVES, S::AFFINE, false>);
+            break;
+        case Kept::TABLE:
+            as(look ? staged<R, Kept::TABLE, S::AFFINE, true> : staged<R, Kept::TABLE, S::AFFINE, false>);
+            break;
+        case Kept::SIGNED:
+            if (kind.scaling == S::COLUMNS)
+                as(shared<R>(segment, kind.kept) ? staged<R, Kept::SIGNED, S::SHARED, true>
+                                                 : staged<R, Kept::SIGNED, S::COLUMNS, true>);
+            else if (kind.scaling == S::AFFINE)
+                as(look ? staged<R, Kept::SIGNED, S::AFFINE, true> : staged<R, Kept::SIGNED, S::AFFINE, false>);
+            else as(look ? staged<R, Kept::SIGNED, S::ZERO, true> : staged<R, Kept::SIGNED, S::ZERO, false>);
+            break;
+        case Kept::UNSIGNED:
+            if (kind.scaling == S::COLUMNS)
+                as(shared<R>(segment, kind.kept) ? staged<R, Kept::UNSIGNED, S::SHARED, true>
+                                                 : staged<R, Kept::UNSIGNED, S::COLUMNS, true>);
+            else if (kind.scaling == S::AFFINE)
+                as(look ? staged<R, Kept::UNSIGNED, S::AFFINE, true> : staged<R, Kept::UNSIGNED, S::AFFINE, false>);
+            else as(look ? staged<R, Kept::UNSIGNED, S::ZERO, true> : staged<R, Kept::UNSIGNED, S::ZERO, false>);
+        }
+        if (look) max.known = float_of(max.bits());
+    }
+
+    // At most BAND_ROWS staged rows, a segment of all of them at a time: column sums, which of 4096 columns would fill the
+    // first-level cache, are fetched from the second once for all. False if a row's sums cannot be trusted.
+    static bool staged_rows(const Job &job, size_t start, size_t stop, Max &max) {
+        constexpr int R = L::ROWS;
+        const Kind kind = kind_of(job);
+        Rows<R> second[BAND_ROWS / R + R]; // a group's, or a single row's in the first place
+        F64 wide[BAND_ROWS][SUMS];
+        const size_t groups = (stop - start) / R, alone = start + R * groups;
+        auto each_row = [&](auto f) { // f(row of the unit's, sums of it)
+            for (size_t g = 0; g < groups; g++)
+                for (int r = 0; r < R; r++) f(g * R + static_cast<size_t>(r), second[g].sum[r]);
+            for (size_t i = alone; i < stop; i++) f(i - start, second[groups + i - alone].sum[0]);
+        };
+        each_row([&](size_t i, F32 *sum) {
+            for (int k = 0; k < SUMS; k++) sum[k] = F32::zero(), wide[i][k] = F64::zero();
+        });
+        size_t depth = 0;
+        for (size_t column = 0, n; column < job.cols; column += n) {
+            n = smaller(job.cols - column, STAGE_COLS);
+            Kind now = kind;
+            if (n < 16) now.kept = Kept::FLOATS;
+            if (now.kept != Kept::FLOATS) n = n / 16 * 16; // the last columns become floats, with zeros behind them
+            now.spread = spread_of(job.coding, job.first_col + column, n);
+            for (size_t g = 0; g < groups; g++) segment_of<R>(job, now, start + R * g, column, n, second[g], max);
+            for (size_t i = alone; i < stop; i++) {
+                Rows<1> one;
+                Rows<R> &all = second[groups + i - alone];
+                for (int k = 0; k < SUMS; k++) one.sum[0][k] = all.sum[0][k];
+                segment_of<1>(job, now, i, column, n, one, max);
+                for (int k = 0; k < SUMS; k++) all.sum[0][k] = one.sum[0][k];
+            }
+            if (++depth % SEGMENT_STEPS == 0)
+                each_row([&](size_t i, F32 *sum) {
+                    for (int k = 0; k < SUMS; k++)
+                        wide[i][k] = wide[i][k] + F64::widen(sum[k]), sum[k] = F32::zero();
+                });
+        }
+        bool good = true;
+        each_row([&](size_t i, F32 *sum) {
+            double total[1][SUMS];
+            for (int k = 0; k < SUMS; k++) total[0][k] = (wide[i][k] + F64::widen(sum[k])).sum();
+            good &= finish_rows<1>(job, start + i, total);
+        });
+        return good;
     }
 
     // R rows from first to last column; adds to the column sums, returns the rows' sums in `total`.
@@ -124,18 +279,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         size_t column = 0, depth = 0;
         while (column < job.cols) {
             rows.clear();
-            if constexpr (STAGED) {
-                const size_t n = smaller(job.cols - column, SEGMENT), stop = column + n;
-                float *stage = s.stage;
-                for (int r = 0; r < R; r++) {
-                    decode<L>(job, row + static_cast<size_t>(r), column, n, stage + r * SEGMENT);
-                    for (size_t j = n; j < padded(n); j++) stage[r * SEGMENT + j] = 0;
-                }
-                for (; column < stop; column += BLOCK, stage += BLOCK)
-                    step<R>(reinterpret_cast<const unsigned char *>(stage), SEGMENT * ITEM, 0, column, s, row_weight,
-                            rows, max);
-                column = stop;
-            } else if (column < full) {
+            if (column < full) {
                 const size_t stop = smaller(full, column + SEGMENT);
                 for (; column < stop; column += BLOCK)
                     step<R>(data + column * ITEM, stride, ahead, column, s, row_weight, rows, max);
@@ -210,7 +354,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         const size_t full = job.cols / BLOCK * BLOCK, stride = job.row_stride;
         float m[FOLD_ROWS];
         for (size_t i = 0; i < rows; i++) m[i] = static_cast<float>(mean[i]);
-        Max ignored;
+        typename Source::Max ignored;
         if constexpr (STAGED) {
             for (size_t column = 0, n; column < job.cols; column += n) {
                 n = smaller(job.cols - column, SEGMENT);
@@ -308,19 +452,24 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         for (int k = 0; k < COLUMN_SUMS; k++) memset(s.fast[k], 0, 4 * n), memset(s.sum[k], 0, 8 * n);
         if (job.cross) memset(s.sum[2], 0, 8 * n);
         Max max;
-        constexpr int R = L::ROWS;
+        [[maybe_unused]] constexpr int R = L::ROWS;
         for (size_t start = row; start < row + rows; start += FOLD_ROWS) {
             const size_t stop = smaller(row + rows, start + FOLD_ROWS);
             bool good = true;
-            size_t i = start;
-            double total[R][SUMS];
-            for (; i + R <= stop; i += R) {
-                row_group<R>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
-                good &= finish_rows<R>(job, i, total);
-            }
-            for (; i < stop; i++) {
-                row_group<1>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
-                good &= finish_rows<1>(job, i, total);
+            if constexpr (STAGED) {
+                for (size_t i = start; i < stop; i += BAND_ROWS)
+                    good &= staged_rows(job, i, smaller(stop, i + BAND_ROWS), max);
+            } else {
+                size_t i = start;
+                double total[R][SUMS];
+                for (; i + R <= stop; i += R) {
+                    row_group<R>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
+                    good &= finish_rows<R>(job, i, total);
+                }
+                for (; i < stop; i++) {
+                    row_group<1>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
+                    good &= finish_rows<1>(job, i, total);
+                }
             }
             if (!good) return false;
             fold(job);

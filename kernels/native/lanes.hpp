@@ -91,6 +91,16 @@ template <Dtype D> LLMFP_INLINE Bits<D> bits_at(const unsigned char *p) {
     return bits;
 }
 
+// Any float16, infinite and NaN too.
+LLMFP_INLINE float half_at(const unsigned char *p) {
+#if defined(__F16C__)
+    return _cvtsh_ss(bits_at<Dtype::F16>(p));
+#endif
+    const uint32_t half = bits_at<Dtype::F16>(p), magnitude = half & 0x7fff;
+    if (magnitude >= 0x7c00) return float_of((half & 0x8000) << 16 | 0x7f800000u | (magnitude & 0x3ff) << 13);
+    return float_of_half(half);
+}
+
 struct Scalar {
     static constexpr int ROWS = 1;
     struct F32 {
@@ -118,13 +128,33 @@ struct Scalar {
         template <Dtype D> static F32 small_floats(const uint8_t *q) {
             return each([=](int l) { return value_of<D>(q[l]) * static_cast<float>(Format<D>::SCALE); });
         }
+        // Sixteen float16, infinite and NaN too; `bits` of each 32-bit word from `low` up.
+        static F32 halves(const uint16_t *q) {
+            return each([=](int l) { return half_at(reinterpret_cast<const unsigned char *>(q + l)); });
+        }
+        static F32 words(const uint8_t *q, unsigned low, unsigned mask) {
+            return each([=](int l) { return static_cast<float>(bits_at<Dtype::F32>(q + 4 * l) >> low & mask); });
+        }
         template <class F> static F32 each(F f) {
             float lane[16];
             for (int l = 0; l < 16; l++) lane[l] = f(l);
             return load(lane);
         }
+        // The larger magnitude, of finite numbers.
+        static F32 larger(F32 a, F32 b) {
+            return each([&](int l) { return __builtin_fabsf(b.lane[l]) > a.lane[l] ? __builtin_fabsf(b.lane[l]) : a.lane[l]; });
+        }
+        static bool any_above(F32 a, float limit) {
+            for (float x : a.lane)
+                if (x > limit) return true;
+            return false;
+        }
         friend F32 operator+(F32 a, F32 b) {
             for (int l = 0; l < 16; l++) a.lane[l] += b.lane[l];
+            return a;
+        }
+        friend F32 operator-(F32 a, F32 b) {
+            for (int l = 0; l < 16; l++) a.lane[l] -= b.lane[l];
             return a;
         }
         friend F32 operator*(F32 a, F32 b) {
@@ -225,7 +255,19 @@ struct Avx512 {
             if constexpr (D == Dtype::F8_E4M3) half = _mm256_and_si256(_mm256_srai_epi16(half, 1), _mm256_set1_epi16(-0x4080));
             return F32{_mm512_cvtph_ps(half)} * splat(static_cast<float>(Format<D>::SCALE));
         }
+        static LLMFP_INLINE F32 halves(const uint16_t *q) {
+            return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(q)))};
+        }
+        static LLMFP_INLINE F32 words(const uint8_t *q, unsigned low, unsigned mask) {
+            const __m512i from = _mm512_srl_epi32(_mm512_loadu_si512(q), _mm_cvtsi32_si128(static_cast<int>(low)));
+            return {_mm512_cvtepi32_ps(_mm512_and_si512(from, _mm512_set1_epi32(static_cast<int>(mask))))};
+        }
+        static LLMFP_INLINE F32 larger(F32 a, F32 b) { return {_mm512_range_ps(a.v, b.v, 0x0b)}; }
+        static LLMFP_INLINE bool any_above(F32 a, float limit) {
+            return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+        }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
+        friend LLMFP_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
         friend LLMFP_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
         friend LLMFP_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     };
@@ -348,8 +390,34 @@ struct Avx2 {
             }
             return x * splat(static_cast<float>(Format<D>::SCALE));
         }
+        static LLMFP_INLINE F32 halves(const uint16_t *q) {
+            const __m128i *half = reinterpret_cast<const __m128i *>(q);
+            return {{_mm256_cvtph_ps(_mm_loadu_si128(half)), _mm256_cvtph_ps(_mm_loadu_si128(half + 1))}};
+        }
+        static LLMFP_INLINE F32 words(const uint8_t *q, unsigned low, unsigned mask) {
+            F32 x;
+            for (int i = 0; i < 2; i++) {
+                const __m256i from = _mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(q + 32 * i)),
+                                                      _mm_cvtsi32_si128(static_cast<int>(low)));
+                x.v[i] = _mm256_cvtepi32_ps(_mm256_and_si256(from, _mm256_set1_epi32(static_cast<int>(mask))));
+            }
+            return x;
+        }
+        static LLMFP_INLINE F32 larger(F32 a, F32 b) {
+            const __m256 sign = _mm256_set1_ps(-0.f);
+            return {{_mm256_max_ps(a.v[0], _mm256_andnot_ps(sign, b.v[0])),
+                     _mm256_max_ps(a.v[1], _mm256_andnot_ps(sign, b.v[1]))}};
+        }
+        static LLMFP_INLINE bool any_above(F32 a, float limit) {
+            const __m256 most = _mm256_set1_ps(limit);
+            return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.v[0], most, _CMP_GT_OQ),
+                                                   _mm256_cmp_ps(a.v[1], most, _CMP_GT_OQ))) != 0;
+        }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
             return {{_mm256_add_ps(a.v[0], b.v[0]), _mm256_add_ps(a.v[1], b.v[1])}};
+        }
+        friend LLMFP_INLINE F32 operator-(F32 a, F32 b) {
+            return {{_mm256_sub_ps(a.v[0], b.v[0]), _mm256_sub_ps(a.v[1], b.v[1])}};
         }
         friend LLMFP_INLINE F32 operator*(F32 a, F32 b) {
             return {{_mm256_mul_ps(a.v[0], b.v[0]), _mm256_mul_ps(a.v[1], b.v[1])}};
@@ -486,13 +554,38 @@ struct Neon {
         template <Dtype D> static F32 small_floats(const uint8_t *q) {
             return each([=](int l) { return value_of<D>(q[l]) * static_cast<float>(Format<D>::SCALE); });
         }
+        static LLMFP_INLINE F32 halves(const uint16_t *q) {
+            F32 x;
+            for (int i = 0; i < 4; i++) x.v[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(q + 4 * i)));
+            return x;
+        }
+        static LLMFP_INLINE F32 words(const uint8_t *q, unsigned low, unsigned mask) {
+            F32 x;
+            for (int i = 0; i < 4; i++) {
+                const uint32x4_t from = vshlq_u32(vreinterpretq_u32_u8(vld1q_u8(q + 16 * i)),
+                                                  vdupq_n_s32(-static_cast<int>(low)));
+                x.v[i] = vcvtq_f32_u32(vandq_u32(from, vdupq_n_u32(mask)));
+            }
+            return x;
+        }
         template <class F> static F32 each(F f) {
             float lane[16];
             for (int l = 0; l < 16; l++) lane[l] = f(l);
             return load(lane);
         }
+        static LLMFP_INLINE F32 larger(F32 a, F32 b) {
+            for (int i = 0; i < 4; i++) a.v[i] = vmaxq_f32(a.v[i], vabsq_f32(b.v[i]));
+            return a;
+        }
+        static LLMFP_INLINE bool any_above(F32 a, float limit) {
+            return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3]))) > limit;
+        }
         friend LLMFP_INLINE F32 operator+(F32 a, F32 b) {
             for (int i = 0; i < 4; i++) a.v[i] = vaddq_f32(a.v[i], b.v[i]);
+            return a;
+        }
+        friend LLMFP_INLINE F32 operator-(F32 a, F32 b) {
+            for (int i = 0; i < 4; i++) a.v[i] = vsubq_f32(a.v[i], b.v[i]);
             return a;
         }
         friend LLMFP_INLINE F32 operator*(F32 a, F32 b) {

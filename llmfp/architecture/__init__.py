@@ -8,6 +8,7 @@ from llmfp.architecture.heads import layer_heads
 from llmfp.architecture.matching import match
 from llmfp.architecture.specs import (
     AttentionMap,
+    HeadRows,
     LayerHeads,
     NormGain,
     Projection,
@@ -20,6 +21,7 @@ from llmfp.architecture.specs import (
 
 __all__ = [
     "AttentionMap",
+    "HeadRows",
     "LayerHeads",
     "NormGain",
     "Projection",

@@ -26,7 +26,8 @@ A family file says how attention tensors are named and laid out and what the nor
           "linear": "self_attn.A_log",              a name only linear-attention layers have, which are left out
           "rotary": {                               how Q and K are turned; without it, not at all
             "pairs": "half" | "interleaved",        rows i and i + P of a head, or rows 2i and 2i + 1
-            "interleaved_if": {"model_type": "…"},  so where config.json says this
+            "interleaved_if": {"model_type": "…"},  rows 2i and 2i + 1 where config.json says this
+            "half_if": {"model_type": "…"},         rows i and i + P where config.json says this
             "share": 0.25,                          of a head's rows, where config.json does not say; default 1
             "off_if": {"alibi": true},              no rotary embedding where config.json says this
             "nope": {"key": "no_rope_layers", "value": 0}   nor in layers with this value in a list of config.json
@@ -35,8 +36,11 @@ A family file says how attention tensors are named and laid out and what the nor
           "adapter": "self_attn.…adapter….weight",  low-rank matrices added to q, k, v: not read, and a caveat says so
           "norm": {
             "kind": "layer" | "rms",
-            "before": "ln_1.weight",                gain in front of Q, K, V
+            "before": "ln_1.weight",                gain in front of Q, K, V; of several that are there, that listed
+                                                    first
             "after": "post_norm.weight",            gain between O and the residual addition
+            "q_latent": "q_a_layernorm.weight",     gain between q_a and q_b
+            "kv_latent": "kv_a_layernorm.weight",   gain between kv_a and kv_b
             "offset": 1.0,                          effective gain is offset + weight (Gemma); default 0
             "post": true,                           no norm in front of Q, K, V (BERT, OLMo2)
             "post_if": {"do_layer_norm_before": false}    so where config.json says this: "before" follows the addition
@@ -112,13 +116,15 @@ class TowerNames:
             return replace(self, post_norm=True, first_norm=None)
         return self
 
-    def rotary_of(self, config: Mapping[str, Any], head_dim: int | None) -> Rotary | None:
-        """The rotary embedding of heads of this size; None without one."""
+    def rotary_of(self, config: Mapping[str, Any], head_dim: int | None, rows: int | None = None) -> Rotary | None:
+        """The rotary embedding of heads of this size; None without one. rows: those it turns, where shapes tell."""
         if self.rotary is None or head_dim is None or _holds(self.rotary.get("off_if", []), config):
             return None
-        rows = rotary_rows(config, head_dim, self.rotary.get("share", 1.0))
-        interleaved = self.rotary["pairs"] == "interleaved" or _holds(self.rotary.get("interleaved_if", []), config)
-        return Rotary(rows // 2, interleaved) if rows >= 2 else None
+        if rows is None:
+            rows = rotary_rows(config, head_dim, self.rotary.get("share", 1.0))
+        half = self.rotary["pairs"] == "half" and not _holds(self.rotary.get("interleaved_if", []), config)
+        half = half or _holds(self.rotary.get("half_if", []), config)
+        return Rotary(rows // 2, not half) if rows >= 2 else None
 
     def unrotated(self, config: Mapping[str, Any]) -> frozenset[int]:
         """Layers that config.json leaves without the rotary embedding of the others."""
@@ -151,7 +157,7 @@ VISION = "vision"
 TOWERS = ("decoder", "encoder", "cross", VISION)
 """All towers there are. That of a vision model is never taken for a language model's, and is read only on request."""
 PARTS = (*(str(role) for role in Role), "qkv")
-NORM_PARTS = ("before", "after")
+NORM_PARTS = ("before", "after", "q_latent", "kv_latent")
 WITNESS = "witness"
 DRAFT = "draft"
 LINEAR = "linear"

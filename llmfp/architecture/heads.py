@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llmfp.architecture.config import HEAD_DIM, HEADS, KV_HEADS, integer
-from llmfp.architecture.layouts import latent_heads
-from llmfp.architecture.specs import LayerHeads, Projection, Role, Tower, WeightView
+from llmfp.architecture.layouts import latent_heads, latent_sizes
+from llmfp.architecture.specs import HeadRows, LayerHeads, Projection, Role, Rotary, Tower, WeightView
 
 Layers = Mapping[int, Mapping[Role, WeightView]]
 
@@ -83,21 +83,59 @@ def layer_heads(tower: Tower) -> list[LayerHeads]:
         by_layer.setdefault(p.layer, {})[p.role] = p
     found = []
     for layer, projections in by_layer.items():
-        q, k, v, o = (projections.get(role) for role in (Role.Q, Role.K, Role.V, Role.O))
-        if q is None or k is None or q.head_dim is None or q.head_dim != k.head_dim:
-            continue
-        heads, kv_heads = q.view.outputs // q.head_dim, k.view.outputs // q.head_dim
-        if not kv_heads or heads % kv_heads or q.view.inputs != k.view.inputs:
-            continue
-        kept, value_size = {Role.Q: q, Role.K: k}, None
-        if v is not None and o is not None and v.head_dim == o.head_dim and v.head_dim is not None:
-            sizes = v.view.outputs, o.view.inputs
-            if sizes == (kv_heads * v.head_dim, heads * v.head_dim):
-                kept |= {Role.V: v, Role.O: o}
-                value_size = v.head_dim
         rotary = None if layer in tower.unrotated else tower.rotary
-        found.append(LayerHeads(layer, heads, kv_heads, q.head_dim, value_size, kept, rotary))
+        heads = (_latent_heads if Role.KV_B in projections else _plain_heads)(layer, projections, rotary)
+        if heads is not None and (heads.crossed is None or _stored_alike(heads)):
+            found.append(heads)
     return found
+
+
+def _plain_heads(layer: int, projections: Mapping[Role, Projection], rotary: Rotary | None) -> LayerHeads | None:
+    q, k, v, o = (projections.get(role) for role in (Role.Q, Role.K, Role.V, Role.O))
+    if q is None or k is None or q.head_dim is None or q.head_dim != k.head_dim:
+        return None
+    heads, kv_heads = q.view.outputs // q.head_dim, k.view.outputs // q.head_dim
+    if not kv_heads or heads % kv_heads or q.view.inputs != k.view.inputs:
+        return None
+    queries, keys = (HeadRows(p.role, n, q.head_dim, q.head_dim) for p, n in ((q, heads), (k, kv_heads)))
+    kept, values, outputs = {Role.Q: q, Role.K: k}, None, None
+    if v is not None and o is not None and v.head_dim == o.head_dim and v.head_dim is not None:
+        sizes = v.view.outputs, o.view.inputs
+        if sizes == (kv_heads * v.head_dim, heads * v.head_dim):
+            kept |= {Role.V: v, Role.O: o}
+            values, outputs = (HeadRows(p.role, n, v.head_dim, v.head_dim) for p, n in ((v, kv_heads), (o, heads)))
+    turned = None if rotary is None else (queries, keys)
+    return LayerHeads(layer, queries, keys, values, outputs, turned, turned, kept, rotary)
+
+
+def _latent_heads(layer: int, projections: Mapping[Role, Projection], rotary: Rotary | None) -> LayerHeads | None:
+    sizes = latent_sizes({role: p.view for role, p in projections.items()})
+    if sizes is None or (rotary is not None and rotary.pairs != sizes.rope // 2):
+        return None
+    heads, nope, rope, value = sizes
+    asking = Role.Q_B if Role.Q_B in projections else Role.Q
+    latent, outputs = projections[Role.KV_B].view.inputs, projections[Role.KV_A].view.outputs
+    turned = None
+    if rotary is not None:
+        turned = (HeadRows(asking, heads, rope, nope + rope, nope), HeadRows(Role.KV_A, 1, rope, outputs, latent))
+    read = {asking, Role.KV_B, Role.O} | ({Role.KV_A} if turned else set())
+    return LayerHeads(
+        layer,
+        q=HeadRows(asking, heads, nope, nope + rope),
+        k=HeadRows(Role.KV_B, heads, nope, nope + value),
+        v=HeadRows(Role.KV_B, heads, value, nope + value, nope),
+        o=HeadRows(Role.O, heads, value, value),
+        turned=turned,
+        crossed=turned if asking is Role.Q else None,
+        projections={role: p for role, p in projections.items() if role in read},
+        rotary=rotary,
+    )
+
+
+def _stored_alike(heads: LayerHeads) -> bool:
+    """Whether the queries and keys to be multiplied read as many coordinates, along the same axis of what is stored."""
+    q, k = (heads.projections[rows.role] for rows in heads.crossed or ())
+    return q.view.inputs == k.view.inputs and q.residual_is_stored_rows == k.residual_is_stored_rows
 
 
 def _share(size: int, heads: int | None) -> int | None:

@@ -8,7 +8,7 @@ config.json, is an error and not a guess.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmfp.architecture.config import HEAD_DIM, HEADS, integer
 from llmfp.architecture.families import Fused, TowerNames
@@ -52,25 +52,41 @@ def lay_bias(view: WeightView, bias: TensorSpec) -> WeightView | None:
     return WeightView(bias, 1, view.groups, view.rows, first, view.groups * stride, stride, False)
 
 
-def latent_heads(views: Mapping[Role, WeightView]) -> int | None:
-    """Heads of a layer with latent attention, from shapes alone; None where there are no factors, or they do not tell.
+class Latent(NamedTuple):
+    """Heads of a layer with latent attention and the sizes of their parts: rows that are not turned, rows that are, of
+    which all heads share the key's, and values."""
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+
+
+def latent_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
+    """From shapes alone; None where there are no such factors, or they do not tell.
 
     Per head, Q puts out nope + rope, KV_B puts out nope + v, O reads v; KV_A puts out the latent and one rope for all.
-    DeepSeek-V4 has a single key and value head, of a query head's size.
     """
     q = views.get(Role.Q_B) or views.get(Role.Q)
-    if q is None:
-        return None
-    if Role.KV in views:
-        heads, rest = divmod(q.outputs, views[Role.KV].outputs)
-        return None if rest else heads
-    if not {Role.KV_A, Role.KV_B, Role.O} <= views.keys():
+    if q is None or not {Role.KV_A, Role.KV_B, Role.O} <= views.keys():
         return None
     rope = views[Role.KV_A].outputs - views[Role.KV_B].inputs
-    ropes = q.outputs - (views[Role.KV_B].outputs - views[Role.O].inputs)
+    nopes = views[Role.KV_B].outputs - views[Role.O].inputs
+    ropes = q.outputs - nopes
     if rope <= 0 or ropes <= 0 or ropes % rope:
         return None
-    return ropes // rope
+    heads = ropes // rope
+    (nope, rest), (value, odd) = divmod(nopes, heads), divmod(views[Role.O].inputs, heads)
+    return None if rest or odd or nope <= 0 else Latent(heads, nope, rope, value)
+
+
+def latent_heads(views: Mapping[Role, WeightView]) -> int | None:
+    """Heads of a layer with latent attention; DeepSeek-V4 has a single key and value head, of a query head's size."""
+    if Role.KV in views and (q := views.get(Role.Q_B) or views.get(Role.Q)) is not None:
+        heads, rest = divmod(q.outputs, views[Role.KV].outputs)
+        return None if rest else heads
+    sizes = latent_sizes(views)
+    return None if sizes is None else sizes.heads
 
 
 def named(checkpoint: Checkpoint, spec: TensorSpec) -> str:

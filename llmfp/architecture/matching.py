@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from llmfp.architecture.families import (
     slots,
 )  # fmt: skip
 from llmfp.architecture.heads import count_heads, head_sizes
-from llmfp.architecture.layouts import FUSED, lay_bias, lay_views, named
+from llmfp.architecture.layouts import FUSED, latent_sizes, lay_bias, lay_views, named
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.encoding import encoded, weight_name
@@ -50,6 +50,7 @@ _LEFT_OUT = {DRAFT: "multi-token prediction, not a decoder layer", LINEAR: "line
 _DRAFT_NAME = re.compile(r"(^|\.)mtp")
 _OTHER_TOWER = re.compile(r"(^|\.)(vision|visual|vit|sam|clip|siglip|image|audio|speech)[^.]*\.")
 _MOST_NAMES, _LONGEST_NAME = 1000, 80
+_NORM_ROLES = {"before": "norm", "after": "post_norm", "q_latent": "q_latent_norm", "kv_latent": "kv_latent_norm"}
 
 
 class _Found(NamedTuple):
@@ -187,6 +188,10 @@ def _tower(
         if part is None:
             continue
         if other := by_layer[each.layer].get(part):
+            if each.slot.part in NORM_PARTS:
+                listed = names.parts[each.slot.part]
+                by_layer[each.layer][part] = min((other, each.spec), key=partial(_place, listed))
+                continue
             raise ArchitectureError(
                 f"{checkpoint.shards[each.spec.shard].path}: tensors {other.name!r} and {each.spec.name!r} "
                 f"are both the {part} of {name} layer {each.layer}"
@@ -217,7 +222,8 @@ def _tower(
         vectors += [*_norm_vectors(in_layer), *_bias_vectors(by_layer[layer], layer, views, caveats)]
     hidden_size = _most_common(p.residual_size for p in projections if p.role.writes)
     hidden_size = hidden_size or _most_common(p.residual_size for p in projections) or 0
-    rotary = names.rotary_of(config, heads.head_dim)
+    ropes = _most_common(sizes and sizes.rope for sizes in map(latent_sizes, layers.values()))
+    rotary = names.rotary_of(config, heads.head_dim, ropes)
     return Tower(
         name,
         tuple(projections),
@@ -228,6 +234,11 @@ def _tower(
         unrotated=names.unrotated(config) if rotary is not None else frozenset(),
         indexed_heads=names.has_indexed_heads(config),
     )
+
+
+def _place(listed: Sequence[str], spec: TensorSpec) -> int:
+    """Where in a family's list of names below a block a tensor's is."""
+    return next((n for n, name in enumerate(listed) if spec.name.endswith(f".{name}")), len(listed))
 
 
 def _role_caveats(
@@ -259,9 +270,16 @@ def _norm_vectors(projections: Iterable[Projection]) -> list[Vector]:
         if p.gain is not None:
             size = p.gain.tensor.shape[0]
             view = WeightView(p.gain.tensor, 1, 1, size, 0, size, size, False)
-            role = "norm" if p.role.reads else "post_norm"
+            role = _NORM_ROLES[_norm_part(p.role) or ""]
             vectors[role] = Vector(p.layer, role, view, p.gain.offset)
     return list(vectors.values())
+
+
+def _norm_part(role: Role) -> str | None:
+    """The norm whose gain scales a projection's inputs, or O's outputs."""
+    if role.reads or role.writes:
+        return "before" if role.reads else "after"
+    return {Role.Q_B: "q_latent", Role.KV_B: "kv_latent"}.get(role)
 
 
 def _bias_vectors(
@@ -300,12 +318,11 @@ def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
 def _gain(
     parts: Mapping[str, TensorSpec], role: Role, names: TowerNames, view: WeightView, caveats: list[str]
 ) -> NormGain | None:
-    if not (role.reads or role.writes):
-        return None
-    spec = parts.get(NORM_PARTS[0] if role.reads else NORM_PARTS[1])
+    part = _norm_part(role)
+    spec = None if part is None else parts.get(part)
     if spec is None:
         return None
-    size = view.inputs if role.reads else view.outputs
+    size = view.outputs if role.writes else view.inputs
     if spec.shape != (size,) or spec.dtype not in _FLOATS:
         stored = f"{spec.dtype} {list(spec.shape)}"
         caveats.append(f"norm gain {spec.name!r} is {stored}, not a float of [{size}]; taken as 1")

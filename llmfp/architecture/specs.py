@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -91,8 +91,9 @@ class NormGain:
 class Rotary:
     """Which rows of a query or key head a rotary embedding turns, by pairs of descending frequency.
 
-    pairs        how many; the rows behind the first 2 · pairs of a head are not turned
-    interleaved  a pair is rows 2i and 2i + 1; else rows i and i + pairs
+    pairs        how many; the rows behind the first 2 · pairs of a head, in latent attention those before the last
+                 2 · pairs, are not turned
+    interleaved  a pair is rows 2i and 2i + 1 of those that are; else rows i and i + pairs
     """
 
     pairs: int
@@ -103,7 +104,7 @@ class Rotary:
 class Projection:
     """One role's weights in one layer, with what surrounds them.
 
-    gain      of the norm before it (Q, K, V) or after it (O); None where that is 1
+    gain      of the norm before it (Q, K, V; for Q_B and KV_B that on the latent) or after it (O); None where that is 1
     centred   a LayerNorm removes the residual stream's mean, so the mean direction carries no meaning (EVIDENCE: J)
     head_dim  outputs (Q, K, V) or inputs (O) per head; None when unknown, and where a factor has no heads
     """
@@ -131,7 +132,7 @@ class Projection:
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A bias or a gain next to attention, of which σ and mean are kept: `q_bias`, `k_bias`, `v_bias`, `norm` (in front
-    of Q, K, V), `post_norm` (behind O).
+    of Q, K, V), `post_norm` (behind O), `q_latent_norm` and `kv_latent_norm` (in front of Q_B and KV_B).
 
     view    rows × columns within a 1-D tensor: one row, or one per group where its weights are interleaved
     offset  added to the stored mean: the gain of a norm that multiplies by 1 + weight
@@ -175,21 +176,54 @@ class Tower:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerHeads:
-    """One layer's projections whose heads can be told apart: Q and K at least, V and O where they fit.
+class HeadRows:
+    """Which rows of a projection's W, of O's which columns, make up one part of every head.
 
-    size        outputs of a query or key head
-    value_size  outputs of a value head, inputs of O's; None without V and O
-    rotary      None where this layer has none
+    The projection puts `stride` rows a head side by side, `heads` times; the part is the `size` from the `first` on.
+    """
+
+    role: Role
+    heads: int
+    size: int
+    stride: int
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHeads:
+    """One layer's projections whose heads can be told apart: queries and keys at least, values and O where they fit.
+
+    q, k     whole heads; in latent attention the rows that no rotary embedding turns, of as many keys as queries
+    turned   the rows of queries and keys whose first 2 · pairs the rotary embedding turns: q and k themselves; in
+             latent attention others, of one key that all heads share. None where this layer has no rotary embedding
+    crossed  these again where both read the same space, so that they can be multiplied, else None
     """
 
     layer: int
-    heads: int
-    kv_heads: int
-    size: int
-    value_size: int | None
+    q: HeadRows
+    k: HeadRows
+    v: HeadRows | None
+    o: HeadRows | None
+    turned: tuple[HeadRows, HeadRows] | None
+    crossed: tuple[HeadRows, HeadRows] | None
     projections: Mapping[Role, Projection]
     rotary: Rotary | None
+
+    @property
+    def parts(self) -> tuple[HeadRows, ...]:
+        """All of them, each once."""
+        every = (self.q, self.k, self.v, self.o, *(self.turned or ()))
+        return tuple(dict.fromkeys(rows for rows in every if rows is not None))
+
+    def asks(self, roles: Collection[Role]) -> bool:
+        """Whether these roles, stored side by side, hold queries to be multiplied and not their keys."""
+        return self.crossed is not None and self.crossed[0].role in roles and self.crossed[1].role not in roles
+
+    def answers(self, roles: Collection[Role]) -> Role | None:
+        """The one among them that holds the keys of queries stored elsewhere."""
+        if self.crossed is None or self.crossed[0].role in roles or self.crossed[1].role not in roles:
+            return None
+        return self.crossed[1].role
 
 
 @dataclass(frozen=True, slots=True)

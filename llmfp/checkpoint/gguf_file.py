@@ -117,10 +117,6 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _caveats(tensors: Mapping[str, TensorSpec]) -> list[str]:
     caveats = []
-    if any(name.endswith("attn_norm_2.weight") for name in tensors):
-        caveats.append(
-            "attention reads what attn_norm_2 puts out; residual profiles were made with the gain of attn_norm"
-        )
     if any(name.endswith("attn_k_b.weight") for name in tensors):
         caveats.append("kv_b is stored as attn_k_b and attn_v_b, of three dimensions; they are not read")
     return caveats

@@ -16,13 +16,15 @@ from llmfp.cli.options import (
     deep_option,
     device_options,
     json_option,
+    plain_option,
     reading_options,
+    report_option,
     verbose_option,
 )
 from llmfp.cli.progress import ProgressBar
-from llmfp.fingerprint import Fingerprint
+from llmfp.fingerprint import Fingerprint, write_whole
 from llmfp.plan import Plan
-from llmfp.report import terminal
+from llmfp.report import printable, tables, terminal
 
 EXPECTED = {"related": "related", "none": "none_detected"}
 
@@ -52,6 +54,8 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
 @deep_option(None, "Look at what heads compute; without it, or of a sample, only profile and residual test are left.")
+@report_option
+@plain_option
 @json_option
 @reading_options
 @device_options
@@ -61,6 +65,8 @@ def command(
     a: str,
     b: str,
     expect: str | None,
+    report: Path | None,
+    plain: bool,
     as_json: bool,
     verbose: bool,
     tower: str | None,
@@ -80,12 +86,20 @@ def command(
         more["deep"] = more["sample"] is None
     reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
+    if report is not None:
+        from llmfp.report import page
+
+        write_whole(report, page.comparison(found.to_json()).encode())
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))
+    elif plain:
+        click.echo(tables.plain(tables.tests(found.to_json())))
     else:
         from llmfp.report.comparison import comparison_page
 
         click.echo(comparison_page(found))
+        if report is not None:
+            click.echo(f"\nreport in {printable(str(report))} ({report.stat().st_size:,} bytes)")
     if expect is None or found.verdict == EXPECTED[expect]:
         return 0
     click.echo(f"expected {EXPECTED[expect]}, found {found.verdict}", err=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ def _size(_context: click.Context, _option: click.Parameter, value: str) -> int:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+plain_option = click.option(
+    "--plain", is_flag=True, help="Print lines of fields with a tab between, numbers in full, for pipes."
+)
 debug_option = click.option(
     "--debug", is_flag=True, expose_value=False, help="On an error, print the Python traceback."
 )
@@ -40,22 +44,47 @@ def _share(_context: click.Context, _option: click.Parameter, value: str | None)
         raise click.BadParameter(str(error)) from None
 
 
+def _page(_context: click.Context, option: click.Parameter, value: Path | None) -> Path | None:
+    """A page that can be made and written: asked before the work, not after it."""
+    if value is not None:
+        from llmfp.report import page
+
+        check_writable(value, f"--{option.name}")
+        page.ready()
+    return value
+
+
+report_option = click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_page,
+    metavar="FILE.html",
+    help="Write a page that stands alone, for people who were not there.",
+)
+
+
+def check_writable(out: Path, hint: str) -> None:
+    """Fails before the work, not after it."""
+    if not out.parent.is_dir():
+        raise click.BadParameter(f"{out.parent} is not a directory", param_hint=hint)
+    if not os.access(out.parent, os.W_OK):
+        raise click.BadParameter(f"{out.parent} is not writable", param_hint=hint)
+
+
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:
     """--deep/--no-deep, with what this command does when neither is given."""
     return click.option("--deep/--no-deep", default=default, help=help_text)
 
 
-def reading_options(command: Command) -> Command:
-    """What to read and how: base, tower, back end, reader, threads, memory, sample."""
+registry_option = click.option(
+    "--registry", required=True, metavar="DIR", help="The registry: a directory, or a URL that fsspec knows."
+)
+
+
+def machine_options(command: Command) -> Command:
+    """What reads and computes: back end, reader, threads, memory."""
     for option in reversed(
         (
-            click.option(
-                "--base", type=click.Path(path_type=Path, readable=False),
-                help="The model below SOURCE, where that is an adapter (LoRA).",
-            ),
-            click.option(
-                "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
-            ),
             click.option(
                 "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
                 help="What computes; llmfp-fast backends says which can run here.",
@@ -68,6 +97,24 @@ def reading_options(command: Command) -> Command:
             click.option(
                 "--memory", "memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
                 help="Bound on resident memory, beyond what planning takes.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def reading_options(command: Command) -> Command:
+    """What to read and how: base, tower, sample, and the machine's options."""
+    command = machine_options(command)
+    for option in reversed(
+        (
+            click.option(
+                "--base", type=click.Path(path_type=Path, readable=False),
+                help="The model below SOURCE, where that is an adapter (LoRA).",
+            ),
+            click.option(
+                "--tower", type=click.Choice(TOWERS), help="Read this tower alone; default: the language model's.",
             ),
             click.option(
                 "--sample", metavar="SHARE", callback=_share,

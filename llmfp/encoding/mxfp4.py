@@ -7,7 +7,7 @@ Microscaling Formats v1.0; checked against compressed-tensors 0.20.
 from __future__ import annotations
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding.specs import Siblings, refusal, small_floats
+from llmfp.encoding.specs import Siblings, refusal, small_floats, unswizzled
 
 _BLOCK = 32
 
@@ -23,7 +23,7 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
             "scan the unquantised checkpoint",
         )
     cols = 2 * spec.nbytes // max(spec.shape[0], 1)
-    scale = siblings.need(
-        "weight_scales" if blocks else "weight_scale", ("U8", "F8_E8M0"), (spec.shape[0], -(-cols // _BLOCK))
-    )
+    field, needed = "weight_scales" if blocks else "weight_scale", (spec.shape[0], -(-cols // _BLOCK))
+    unswizzled(checkpoint, spec, siblings.need(field, ("U8", "F8_E8M0")), needed)
+    scale = siblings.need(field, ("U8", "F8_E8M0"), needed)
     return small_floats(spec, cols, _BLOCK, (("scale", scale),), "MXFP4, blocks of 32")

@@ -7,7 +7,7 @@ Source: their documentation and code; checked against compressed-tensors 0.20.
 from __future__ import annotations
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding.specs import Siblings, refusal, small_floats
+from llmfp.encoding.specs import Siblings, refusal, small_floats, unswizzled
 
 _BLOCK = 16
 
@@ -22,7 +22,9 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
             "scan the unquantised checkpoint",
         )
     rows, cols = spec.shape[0], 2 * spec.shape[1]
-    scale = siblings.need("weight_scale", ("F8_E4M3", "U8"), (rows, -(-cols // _BLOCK)))
+    needed = rows, -(-cols // _BLOCK)
+    unswizzled(checkpoint, spec, siblings.need("weight_scale", ("F8_E4M3", "U8")), needed)
+    scale = siblings.need("weight_scale", ("F8_E4M3", "U8"), needed)
     divisor = siblings.find("weight_global_scale", ("F32",))
     factor = divisor or siblings.need("weight_scale_2", ("F32",))
     if factor.nbytes != factor.itemsize:

@@ -96,6 +96,25 @@ def small_floats(spec: TensorSpec, cols: int, block: int, parts: Parts, label: s
     return replace(spec, shape=(rows, cols), encoding=encoding)
 
 
+def unswizzled(checkpoint: Checkpoint, spec: TensorSpec, scale: TensorSpec, needed: tuple[int, int]) -> None:
+    """Refuses scales in the order of the tensor cores' block-scaled matrix products, known by their padding.
+
+    There 128 rows of 4 scales make a tile, [32, 4, 4] of it, so rows are padded to 128 and scales of a row to 4. Where
+    nothing has to be padded, and the shape is kept, a file does not show it; no writer of files is known that does so.
+    Source: the layout of scaling factors in cuBLAS's and PTX's documentation; unverified against a file.
+    """
+    rows, cols = (-(-n // tile) * tile for n, tile in zip(needed, (128, 4), strict=True))
+    tiled = {(rows, cols), (rows * cols,), (rows // 128, cols // 4, 32, 4, 4), (rows // 128, cols // 4, 32, 16)}
+    if scale.shape != needed and scale.shape in tiled:
+        raise refusal(
+            checkpoint,
+            scale,
+            f"has shape {list(scale.shape)} where {spec.name!r} of {list(spec.shape)} has scales of {list(needed)}: "
+            "these are swizzled, in tiles of 128 rows and 4 scales for a GPU's tensor cores, which is not supported",
+            "save the model with its scales in row order, or scan the unquantised checkpoint",
+        )
+
+
 def _with_scales(coding: Coding, parts: Mapping[str, TensorSpec], stored: Mapping[str, bytes]) -> Coding:
     import numpy as np
 

@@ -38,7 +38,7 @@ def similarity(a: Floats, b: Floats) -> Floats | None:
     """
     if a.shape[1] != b.shape[1]:
         return None
-    rests = [_without_trend(each) for each in (a, b)]
+    rests = [without_trend(each) for each in (a, b)]
     if rests[0] is None or rests[1] is None:
         return None
     return rests[0] @ rests[1].T
@@ -107,7 +107,7 @@ def by_chance(rows: int, cols: int) -> tuple[float, float]:
     return float(z.mean()), float(z.std())
 
 
-def _without_trend(vectors: Floats) -> Floats | None:
+def without_trend(vectors: Floats) -> Floats | None:
     """Each layer's vector of length 1 around its mean, after every entry's cubic over relative depth is taken off."""
     known = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if len(known) < MIN_LAYERS:

@@ -59,6 +59,7 @@ class Coherence:
     nulls       how many unrelated models p comes from
     layer_map   aligned layers, by their numbers in each model
     matrix      correlations of all layers with all layers, None where a layer has no coherence
+    strangers   excess of each model beside every unrelated one
     """
 
     score: float
@@ -71,6 +72,7 @@ class Coherence:
     nulls: int
     layer_map: tuple[tuple[int, int], ...]
     matrix: tuple[tuple[float | None, ...], ...]
+    strangers: tuple[tuple[float, float], ...]
 
     @property
     def counts(self) -> bool:
@@ -96,6 +98,8 @@ def rotary_coherence(
             "rotary pairs differ: "
             + " and ".join(f"{t.rotary.pairs} in heads of {t.head_dim}" for t in (a, b) if t.rotary is not None)
         )
+    if 0 not in (_entries(a), _entries(b)) and _entries(a) != _entries(b):
+        return Missing("in one model queries read a latent and keys do not, so that the two hold different entries")
     found = _contrast(a, b)
     if found is None:
         return Missing(f"fewer than {MIN_LAYERS} layers of one model have rotary coherence, or all are alike")
@@ -117,12 +121,19 @@ def rotary_coherence(
         nulls=n,
         layer_map=tuple((a.layers[i], b.layers[j]) for i, j in found.pairs),
         matrix=tuple(tuple(None if math.isnan(r) else r for r in row) for row in found.matrix.tolist()),
+        strangers=tuple(usable),
     )
 
 
 def _comparable(a: TowerFingerprint, b: TowerFingerprint) -> bool:
     pairs_a, pairs_b = a.rotary and a.rotary.pairs, b.rotary and b.rotary.pairs
     return pairs_a is not None and (a.head_dim, pairs_a) == (b.head_dim, pairs_b)
+
+
+def _entries(tower: TowerFingerprint) -> int:
+    """How many entries a layer has: without those of queries with keys where these read different spaces."""
+    vectors = tower.circuit("coherence")
+    return 0 if vectors is None else vectors.shape[1]
 
 
 def _contrast(a: TowerFingerprint, b: TowerFingerprint) -> _Contrast | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmfp import __version__
 from llmfp.errors import LlmfpError
 from llmfp.evidence import null as nulls
 from llmfp.evidence.alignment import align, layer_vectors, similarity
@@ -15,6 +16,11 @@ from llmfp.evidence.profile import BINS, Profile, profile
 from llmfp.evidence.residual import STRUCTURE_LEVEL, LayerMap, Residual, relative_layer_map, residual_symmetry
 from llmfp.evidence.verdict import Missing, Outcome, Verdict, decide, same_weights
 from llmfp.fingerprint import Fingerprint, TowerFingerprint, kind, main_tower
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+    from matplotlib.figure import Figure
 
 SCHEMA = "llmfp.comparison/1"
 TESTS = ("residual", "heads", "coherence", "profile")
@@ -30,11 +36,17 @@ MISSED = (
     "replacing or retraining the attention weights themselves",
 )
 """What no test here can see."""
+LARGEST = {"layers": 512, "heads": 512, "hidden size": 1 << 17}
+"""Of a tower that is compared: time and memory go with the squares of layers and heads; a small file claims many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two models, as far as the comparison speaks of it."""
+    """One of the two models, as far as the comparison speaks of it.
+
+    std          σ by role, a number for each of layer_numbers; None where a layer has none
+    source, run  where the fingerprint comes from, and what made it, as in its own JSON
+    """
 
     name: str
     architecture: str
@@ -42,6 +54,10 @@ class Side:
     layers: int
     hidden_size: int
     digest: str
+    layer_numbers: tuple[int, ...]
+    std: Mapping[str, Sequence[float | None]]
+    source: Mapping[str, Any]
+    run: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,8 @@ class Comparison:
     a: Side
     b: Side
     alpha: float
+    permutations: int
+    seed: int
     decision: Verdict
     profile: Profile
     null: nulls.Place | None
@@ -89,6 +107,9 @@ class Comparison:
             "p_value": self.p_value,
             "basis": self.basis,
             "alpha": self.alpha,
+            "permutations": self.permutations,
+            "seed": self.seed,
+            "versions": {"llmfp": __version__},
             "rests_on": list(self.decision.rests_on),
             "a": asdict(self.a),
             "b": asdict(self.b),
@@ -100,6 +121,30 @@ class Comparison:
             "missed": list(self.missed),
             "caveats": list(self.caveats),
         }
+
+    def plot(self) -> Figure:
+        """A Matplotlib figure of both models' σ and of every test. Raises LlmfpError where Matplotlib is missing."""
+        from llmfp.report import figures
+
+        return figures.of_comparison(self.to_json())
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per test (report.tables.tests). Raises LlmfpError without pandas."""
+        from llmfp.report import tables
+
+        return tables.to_pandas(tables.tests(self.to_json()))
+
+    def to_arrow(self) -> pa.Table:
+        """The same rows for Arrow. Raises LlmfpError without pyarrow."""
+        from llmfp.report import tables
+
+        return tables.to_arrow(tables.tests(self.to_json()))
+
+    def _repr_html_(self) -> str:
+        from llmfp.report import page
+
+        found = self.to_json()
+        return page.fragment("notebook_comparison.html.jinja", found, tests=page.tests(found))
 
 
 def compare(
@@ -149,6 +194,8 @@ def compare(
         a=sides[0],
         b=sides[1],
         alpha=alpha,
+        permutations=permutations,
+        seed=seed,
         decision=decision,
         profile=scores,
         null=None if isinstance(place, Missing) else place,
@@ -168,13 +215,20 @@ def _tower(fingerprint: Fingerprint, wanted: str | None) -> tuple[str, TowerFing
             f"{fingerprint.source['name']}: no {name} tower, only {', '.join(fingerprint.towers)}",
             hint="leave --tower out to compare the main towers",
         )
-    return name, fingerprint.towers[name]
+    tower = fingerprint.towers[name]
+    sizes = {"layers": len(tower.layers), "heads": tower.heads or 0, "hidden size": tower.hidden_size}
+    for what, size in sizes.items():
+        if size > LARGEST[what]:
+            raise LlmfpError(
+                f"{fingerprint.source['name']}: {what} {size}, and no more than {LARGEST[what]} are compared"
+            )
+    return name, tower
 
 
 def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:
     return Side(
         fingerprint.source["name"], fingerprint.architecture, name, len(tower.layers), tower.hidden_size,
-        fingerprint.digest,
+        fingerprint.digest, tower.layers, tower.std, fingerprint.source, fingerprint.run,
     )  # fmt: skip
 
 
@@ -284,4 +338,5 @@ def _null_json(place: nulls.Place | None) -> dict[str, Any] | None:
     return {
         "n": place.n, "percentile": place.percentile, "p_value": place.p_value, "kind": place.kind,
         "families": list(place.families), "everywhere": everywhere,
+        "strangers": [asdict(each) for each in place.strangers],
     }  # fmt: skip

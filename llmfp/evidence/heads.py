@@ -15,7 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llmfp.evidence.permutation import Draw, Floats, matched, neighbouring, permuted, total_scale, two_sided_p, upper_p
+from llmfp.evidence.permutation import (
+    Draw,
+    Floats,
+    Histogram,
+    histogram,
+    matched,
+    neighbouring,
+    permuted,
+    total_scale,
+    two_sided_p,
+    upper_p,
+)
 from llmfp.evidence.residual import STRUCTURE_LEVEL, STRUCTURE_PERMUTATIONS, LayerMap, relative_layer_map
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
@@ -37,6 +48,7 @@ class Heads:
     layers        layer pairs compared
     blocks        what the vectors hold: norms, and coherence or spectra
     structure     p of each model's self-check: does a head look like its neighbour?
+    permuted      z of the permutations drawn, beside which z stands
     """
 
     z: float
@@ -48,6 +60,7 @@ class Heads:
     kv_heads: int
     blocks: tuple[str, ...]
     structure: tuple[float, float]
+    permuted: Histogram
 
 
 def head_symmetry(
@@ -72,8 +85,11 @@ def head_symmetry(
             return Missing(f"the {name} fingerprint holds no circuits of heads: it comes from a plain scan")
         if tower.indexed_heads:
             return Missing(f"heads of the {name} model differ by design, so their order carries meaning")
-    if (a.heads, a.kv_heads) != (b.heads, b.kv_heads) or a.heads is None or a.kv_heads is None:
-        return Missing(f"head counts differ: {a.heads} of {a.kv_heads} groups and {b.heads} of {b.kv_heads}")
+    groups = _groups(a)
+    if (a.heads, groups) != (b.heads, _groups(b)) or a.heads is None or groups is None:
+        return Missing(f"head counts differ: {a.heads} of {groups} groups and {b.heads} of {_groups(b)}")
+    if a.heads % groups:
+        return Missing(f"{a.heads} heads do not fall into {groups} groups of one size")
     found = [(name, _block(a, name), _block(b, name)) for name in BLOCKS]
     shared = [(name, x, y) for name, x, y in found if x is not None and y is not None and x.shape[2] == y.shape[2]]
     if not shared:
@@ -83,7 +99,7 @@ def head_symmetry(
     both = [(vectors_a[i], vectors_b[j]) for i, j in pairs if vectors_a[i].any() and vectors_b[j].any()]
     if not both:
         return Missing("no pair of layers has circuits in both models")
-    draw = _group_permutations(a.heads, a.kv_heads)
+    draw = _group_permutations(a.heads, groups)
     rng = np.random.default_rng(seed)
     structure = tuple(_neighbours_p([pair[side] for pair in both], draw, rng) for side in (0, 1))
     if max(structure) <= STRUCTURE_LEVEL:
@@ -93,7 +109,7 @@ def head_symmetry(
         )
     products = [x @ y.T for x, y in both]
     totals = permuted(products, matched, max(permutations, _FOR_DEVIATION), rng, draw)
-    log_group = len(products) * (math.lgamma(a.kv_heads + 1) + a.kv_heads * math.lgamma(a.heads // a.kv_heads + 1))
+    log_group = len(products) * (math.lgamma(groups + 1) + groups * math.lgamma(a.heads // groups + 1))
     smallest_p = max(1 / (1 + permutations), math.exp(-log_group))
     deviation = float(totals[1:].std())
     if not deviation:
@@ -105,16 +121,25 @@ def head_symmetry(
         permutations=permutations,
         layers=len(both),
         heads=a.heads,
-        kv_heads=a.kv_heads,
+        kv_heads=groups,
         blocks=tuple(name for name, _, _ in shared),
         structure=(structure[0], structure[1]),
+        permuted=histogram((totals[1:] - totals[1:].mean()) / deviation),
     )
 
 
+def _groups(tower: TowerFingerprint) -> int | None:
+    """Kv heads; in latent attention, which has none, every head makes keys and values of its own."""
+    return tower.heads if tower.kv_heads is None else tower.kv_heads
+
+
 def _block(tower: TowerFingerprint, name: str) -> Floats | None:
-    """float64 [L, heads, numbers] of one kind, ready for inner products; zero where a head or a layer has none."""
+    """float64 [L, heads, numbers] of one kind, ready for inner products; zero where a head or a layer has none.
+
+    So is a layer with other numbers of heads than most: its groups are others.
+    """
     norms = tower.circuit("qk_norm")
-    if norms is None:
+    if norms is None or not (usual := _with_usual_heads(tower, norms)).any():
         return None
     match name:
         case "norms":
@@ -130,14 +155,25 @@ def _block(tower: TowerFingerprint, name: str) -> Floats | None:
             if not spectra:
                 return None
             values = np.concatenate(spectra, axis=2).astype(np.float64)
+    values, norms = values[:, : tower.heads], norms[:, : tower.heads]
     with np.errstate(invalid="ignore"):
         acting = np.isfinite(values).all(axis=2) & (norms > np.median(norms, axis=1, keepdims=True) + NEGLIGIBLE)
+        acting &= usual[:, None]
     centred = np.zeros(values.shape)
     for layer, (vectors, live) in enumerate(zip(values, acting, strict=True)):
         if live.any():
             centred[layer, live] = vectors[live] - vectors[live].mean(axis=0)
     size = float(np.sqrt(np.square(centred).sum() / max(np.count_nonzero(acting), 1)))
     return centred / size if size else None
+
+
+def _with_usual_heads(tower: TowerFingerprint, norms: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """[L]: which layers have as many heads and kv heads as most."""
+    usual = np.array(np.count_nonzero(~np.isnan(norms), axis=1) == tower.heads)
+    for layer, keys in enumerate(tower.statistics["k"]):
+        if keys is not None and keys.head_std is not None:
+            usual[layer] &= len(np.frombuffer(keys.head_std)) == _groups(tower)
+    return usual
 
 
 def _group_permutations(heads: int, kv_heads: int) -> Draw:

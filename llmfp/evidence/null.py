@@ -48,12 +48,23 @@ class NullModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Stranger:
+    """A family's model beside each of the two that are compared: mean Pearson over the roles that these share."""
+
+    family: str
+    kind: str
+    a: float
+    b: float
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a pair's mean Pearson stands among the n families of its kind; the less favourable of both turns.
 
     percentile  per cent of the families whose score is below the pair's
     p_value     (1 + #{null ≥ score}) / (1 + n), at least smallest_p
     everywhere  by role and for the mean, over families of every kind: (scores below the pair's, families); for display
+    strangers   every family that has a score, whatever its kind; for display
     """
 
     kind: str
@@ -63,6 +74,7 @@ class Place:
     p_value: float
     smallest_p: float
     everywhere: dict[str, tuple[int, int]]
+    strangers: tuple[Stranger, ...]
 
 
 def place(a: StdCurves, b: StdCurves, kind: str, models: Sequence[NullModel]) -> Place | Missing:
@@ -78,7 +90,19 @@ def place(a: StdCurves, b: StdCurves, kind: str, models: Sequence[NullModel]) ->
     for name, scored in (*((role, [role]) for role in roles), ("mean", roles)):
         count, others = _below(a, b, models, scored)
         everywhere[name] = count, len(others)
-    return Place(kind, families, n, 100 * below / n, (1 + n - below) / (1 + n), 1 / (1 + n), everywhere)
+    return Place(
+        kind, families, n, 100 * below / n, (1 + n - below) / (1 + n), 1 / (1 + n), everywhere,
+        _strangers(a, b, models, roles),
+    )  # fmt: skip
+
+
+def _strangers(a: StdCurves, b: StdCurves, models: Sequence[NullModel], roles: Sequence[str]) -> tuple[Stranger, ...]:
+    found = []
+    for model in models:
+        beside_a, beside_b = (pearson_mean(each, model.std, roles) for each in (a, b))
+        if beside_a is not None and beside_b is not None:
+            found.append(Stranger(model.family, model.kind, beside_a, beside_b))
+    return tuple(found)
 
 
 def load(path: str | os.PathLike[str] | None = None) -> tuple[NullModel, ...]:
@@ -107,7 +131,11 @@ def _fingerprints(folder: Path) -> tuple[NullModel, ...]:
             raise LlmfpError(f"{file}: the same weights as {other}", hint="keep one fingerprint of every family")
         name = main_tower(found.towers)
         tower = found.towers[name]
-        models.append(NullModel(found.source["name"], str(file), kind(found, name), None, tower.std, tower))
+        models.append(
+            NullModel(
+                found.source["name"], file.relative_to(folder).as_posix(), kind(found, name), None, tower.std, tower
+            )
+        )
     return tuple(models)
 
 

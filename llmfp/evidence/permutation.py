@@ -13,6 +13,7 @@ Tibshirani 2023, "Permutation tests using arbitrary permutation distributions".)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,28 @@ Draw = Callable[[np.random.Generator, int, int], NDArray[np.intp]]
 """(generator, K, s) → K random elements of a group of permutations of s labels, [K, s]."""
 
 _POOL = 1024
+_BARS = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Of what permutation gives: counts in bars of equal width, the first of which begins at `start`.
+
+    For people to look at, in units of z; p is counted on the values themselves.
+    """
+
+    start: float
+    width: float
+    counts: tuple[int, ...]
+
+
+def histogram(values: Floats) -> Histogram:
+    """In 40 bars from the least value to the largest; one bar where all are equal."""
+    low, high = float(values.min()), float(values.max())
+    if not high > low:
+        return Histogram(low, 0.0, (len(values),))
+    counts, edges = np.histogram(values, _BARS, (low, high))
+    return Histogram(low, float(edges[1] - edges[0]), tuple(counts.tolist()))
 
 
 def any_permutation(rng: np.random.Generator, count: int, size: int) -> NDArray[np.intp]:

@@ -25,7 +25,8 @@ DETREND_MIN_LAYERS = 6
 """Two degrees of freedom beyond the four of a cubic, as three layers leave beyond the mean; with five a correlation of
 what remains is ±1 whatever the curves."""
 _TREND_DEGREE = 3
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
+"""Values that differ by less, relative to the largest, are the same."""
 
 StdCurves = Mapping[str, Sequence[float | None]]
 """σ of every layer by role, "q", "k", "v", "o"; None where a layer has none."""
@@ -155,7 +156,7 @@ def _correlation(x: Floats, y: Floats) -> float | None:
 
 def _constant(values: Floats, scale: float) -> bool:
     """Whether values differ by no more than rounding, relative to `scale`."""
-    return bool(np.ptp(values) <= _ROUNDING * scale)
+    return bool(np.ptp(values) <= ROUNDING * scale)
 
 
 def _trend(one: Curve) -> Floats:

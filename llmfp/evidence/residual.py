@@ -17,7 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.architecture.specs import Role
-from llmfp.evidence.permutation import Floats, matched, neighbouring, permuted, total_scale, two_sided_p, upper_p
+from llmfp.evidence.permutation import (
+    Floats,
+    Histogram,
+    histogram,
+    matched,
+    neighbouring,
+    permuted,
+    total_scale,
+    two_sided_p,
+    upper_p,
+)
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
 
@@ -41,6 +51,7 @@ class Residual:
     dims          coordinates compared, those padded with zeros left out
     layers, rows  layer pairs, and profiles (layer × role) compared
     structure     p of each model's self-check: does a coordinate's score follow its neighbour's?
+    permuted      z of the permutations drawn, beside which z stands
     """
 
     z: float
@@ -52,6 +63,7 @@ class Residual:
     layers: int
     rows: int
     structure: tuple[float, float]
+    permuted: Histogram
 
 
 def residual_symmetry(
@@ -110,6 +122,7 @@ def residual_symmetry(
         layers=layers,
         rows=len(rows_a),
         structure=structure,
+        permuted=histogram(totals[1:] / deviation),
     )
 
 

@@ -209,9 +209,13 @@ class _UrlFolder:
 
 
 @contextmanager
-def _closing(folder: HubFolder) -> Iterator[HubFolder]:
+def _closing(folder: HubFolder, client: Client) -> Iterator[HubFolder]:
+    """Ends what is fetched ahead; after an error at once, by ending every connection."""
     try:
         yield folder
+    except BaseException:
+        client.close()
+        raise
     finally:
         folder.close()
 
@@ -219,7 +223,7 @@ def _closing(folder: HubFolder) -> Iterator[HubFolder]:
 def open_remote(client: Client, text: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint at a Hub id or an address, headers only; a copy of the same commit in the Hub's cache, if whole.
 
-    Raises HubError for what servers do, CheckpointError for what the files hold.
+    The client is closed where this fails. Raises HubError for what servers do, CheckpointError for what the files hold.
     """
     source = parse_source(text, client.settings.endpoint)
     if isinstance(source, WeightUrl):
@@ -227,7 +231,7 @@ def open_remote(client: Client, text: str | os.PathLike[str]) -> Checkpoint:
     if client.settings.offline:
         return _open_cached(client.settings, source)
     info = describe(client, source.repo, source.revision)
-    with _closing(HubFolder(client, info)) as folder:
+    with _closing(HubFolder(client, info), client) as folder:
         names, index = (
             choose(folder) if source.file is None and not _is_adapter(folder) else ([source.file or ""], None)
         )

@@ -113,6 +113,8 @@ class Transport:
                 with _explained():
                     connection.request(method, target, headers=dict(headers))
                     with self._lock:
+                        if self._closed:  # while it was connected: `close` could not end it
+                            raise ConnectionLostError("closed")
                         self._busy[connection] = connection.sock  # which http.client forgets where it is not kept
                     response = connection.getresponse()
                 assert isinstance(response, _Response)

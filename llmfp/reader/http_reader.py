@@ -24,14 +24,13 @@ _KEPT_BUFFERS_FROM = 1 << 20
 class _Range:
     """A fetch under way: its buffer once it is there, and how many reads of it are still to come."""
 
-    __slots__ = ("buffer", "error", "fetch", "state", "uses")
+    __slots__ = ("buffer", "fetch", "state", "uses")
 
     def __init__(self, fetch: Fetch) -> None:
         self.fetch = fetch
         self.uses = len(fetch.wants)
         self.state = "planned"
         self.buffer: bytearray | None = None
-        self.error: BaseException | None = None
 
 
 class HttpReader:
@@ -49,6 +48,7 @@ class HttpReader:
         self._client = client
         self._changed = threading.Condition()
         self._stopped = False
+        self._error: BaseException | None = None
         self._ranges: list[_Range] = []
         self._reads: defaultdict[Want, deque[_Range]] = defaultdict(deque)
         self._waited_for: deque[_Range] = deque()
@@ -79,15 +79,15 @@ class HttpReader:
                 if found.state == "planned":
                     self._waited_for.append(found)
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._stopped or found.state in ("there", "failed"))
+                self._changed.wait_for(lambda: self._stopped or self._error or found.state == "there")
+            if self._error is not None:  # of any range: the scan cannot be finished, whatever else arrives
+                raise self._error
             if self._stopped:
                 raise CheckpointError("reading was given up")
         if found is None:  # not foreseen: read for this thread alone
             buffer = bytearray(step.nbytes)
             self._receive(step.shard, step.offset_bytes, memoryview(buffer))
             return memoryview(buffer), 0
-        if found.error is not None:
-            raise found.error
         assert found.buffer is not None
         self._local.range = found
         return memoryview(found.buffer), step.offset_bytes - found.fetch.offset_bytes
@@ -126,15 +126,19 @@ class HttpReader:
         while (found := self._take()) is not None:
             fetch = found.fetch
             assert found.buffer is not None
+            failed: BaseException | None = None
             try:
                 self._receive(fetch.shard, fetch.offset_bytes, memoryview(found.buffer)[: fetch.nbytes])
-                state = "there"
-            except BaseException as error:  # handed to whoever waits for it
-                found.error = error
-                state = "failed"
+            except BaseException as error:  # handed to whoever reads
+                failed = error
             with self._changed:
-                found.state = state
+                if failed is None:
+                    found.state = "there"
+                elif not self._stopped:
+                    self._error = self._error or failed
                 self._changed.notify_all()
+            if failed is not None:
+                return
 
     def _take(self) -> _Range | None:
         """The next range and a buffer for it; None when there is nothing left to do."""

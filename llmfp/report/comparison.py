@@ -3,54 +3,28 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from llmfp.architecture.specs import ROLES
 from llmfp.evidence.comparison import Comparison, Side
 from llmfp.evidence.null import Place
-from llmfp.report import printable
+from llmfp.report import printable, words
+from llmfp.report.terminal import sparkline
 
 _WIDTH = 80
-_TITLES = {
-    "residual": "residual symmetry",
-    "heads": "head symmetry",
-    "coherence": "rotary coherence",
-    "profile": "profile",
-    "digest": "equal digests",
-}
 _COLUMNS = ("q", "k", "v", "o", "mean")
 
 
 def comparison_page(found: Comparison) -> str:
     """All of a comparison for a terminal of 80 columns."""
-    lines = [*_wrapped(_verdict(found)), "", *_side("A", found.a), *_side("B", found.b), "", *_tests(found), ""]
-    lines += [*_scores(found), ""]
+    lines = [*_wrapped(words.verdict(found.to_json())), "", *_side("A", found.a), *_side("B", found.b), ""]
+    lines += [*_tests(found), ""]
+    lines += [*_curves(found), *_scores(found), ""]
     for missed in found.missed:
         lines += _wrapped(missed, "would have escaped: ")
     for caveat in found.caveats:
         lines += _wrapped(caveat, "caveat: ")
     return "\n".join(lines).rstrip()
-
-
-def _verdict(found: Comparison) -> str:
-    *others, last = [_TITLES[name] for name in found.decision.rests_on] or [""]
-    names = f"{', '.join(others)} and {last}" if others else last
-    match found.verdict:
-        case "related" if "digest" in found.decision.rests_on:
-            words = "related: the attention weights of A and B are the same to the bit."
-        case "related":
-            words = (
-                "related: weights of A and B have a common origin. Two models that began from separate random values "
-                f"would agree this well with probability {_p(found.p_value)} at most ({found.basis}), by {names}. A "
-                "common initial seed alone can have the same effect, weakly; which model came first is not shown."
-            )
-        case "none_detected":
-            words = (
-                f"none detected: {names} could have shown a common origin at {found.alpha:g} and did not "
-                f"(p = {_p(found.p_value)}, {found.basis}). That does not show that there is none."
-            )
-        case _:
-            words = f"inconclusive: no test could be made here that decides at {found.alpha:g}; see what is missing."
-    return words
 
 
 def _side(letter: str, side: Side) -> list[str]:
@@ -62,29 +36,29 @@ def _tests(found: Comparison) -> Iterator[str]:
     if found.residual is not None:
         r = found.residual
         yield from _wrapped(
-            f"z = {r.z:+.1f}, p = {_p(r.p_value)} by {r.permutations:,} permutations within blocks of {r.block} among "
-            f"{r.dims} coordinates, {r.rows} profiles in {r.layers} layers",
-            f"{_TITLES['residual']:<18} ",
+            f"z = {r.z:+.1f}, p = {words.p(r.p_value)} by {r.permutations:,} permutations within blocks of {r.block} "
+            f"among {r.dims} coordinates, {r.rows} profiles in {r.layers} layers",
+            f"{words.TITLES['residual']:<18} ",
         )
     if found.heads is not None:
         h = found.heads
         yield from _wrapped(
-            f"z = {h.z:+.1f}, p = {_p(h.p_value)} by {h.permutations:,} permutations of {h.heads} heads in "
+            f"z = {h.z:+.1f}, p = {words.p(h.p_value)} by {h.permutations:,} permutations of {h.heads} heads in "
             f"{h.kv_heads} groups, {h.layers} layers; of {', '.join(h.blocks)}",
-            f"{_TITLES['heads']:<18} ",
+            f"{words.TITLES['heads']:<18} ",
         )
     if found.coherence is not None:
         c = found.coherence
         strangers = f"{c.nulls} strangers of its kind" if c.nulls else "the laboratory's strangers"
         yield from _wrapped(
             f"r = {c.score:+.2f}, z = {c.z:+.1f} over {len(c.layer_map)} aligned layers, {c.excess:+.1f} sd above "
-            f"chance; p = {_p(c.p_value)} among {strangers} ({c.basis})",
-            f"{_TITLES['coherence']:<18} ",
+            f"chance; p = {words.p(c.p_value)} among {strangers} ({c.basis})",
+            f"{words.TITLES['coherence']:<18} ",
         )
-        yield from _wrapped(_ranges(c.layer_map), f"{'  layers':<18} ")
+        yield from _wrapped(words.ranges(c.layer_map), f"{'  layers':<18} ")
     for name, reason in found.lost.items():
         yield from _wrapped(
-            f"{'does not count: ' if _has(found, name) else 'not made: '}{reason}", f"{_TITLES[name]:<18} "
+            f"{'does not count: ' if _has(found, name) else 'not made: '}{reason}", f"{words.TITLES[name]:<18} "
         )
 
 
@@ -93,19 +67,13 @@ def _has(found: Comparison, name: str) -> bool:
     return made[name] is not None
 
 
-def _ranges(layer_map: Sequence[tuple[int, int]]) -> str:
-    """Pairs of layers, runs of consecutive ones as one: 0-7 with 0-7, 9-11 with 8-10."""
-    runs: list[list[tuple[int, int]]] = []
-    for pair in layer_map:
-        if runs and (runs[-1][-1][0] + 1, runs[-1][-1][1] + 1) == pair:
-            runs[-1].append(pair)
-        else:
-            runs.append([pair])
-    return ", ".join(" with ".join(_run(run[0][side], run[-1][side]) for side in (0, 1)) for run in runs)
-
-
-def _run(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
+def _curves(found: Comparison) -> Iterator[str]:
+    """σ over layers of both models, each role from its lowest to its highest."""
+    for role in map(str, ROLES):
+        for letter, side in (("A", found.a), ("B", found.b)):
+            if any(std is not None for std in side.std[role]):
+                yield f"{f'σ {role.upper()} of {letter}':<18} {sparkline(side.std[role], _WIDTH - 19)}"
+    yield ""
 
 
 def _scores(found: Comparison) -> Iterator[str]:
@@ -125,9 +93,9 @@ def _scores(found: Comparison) -> Iterator[str]:
             yield f"{'  above so many strangers':<24}" + "".join(_rank(null, column) for column in _COLUMNS)
     if null is not None:
         yield from _wrapped(
-            f"Strangers: one model per family, of every kind. Of its own kind, {null.kind}, the mean is above "
-            f"{round(null.n * null.percentile / 100)} of {null.n}; p = {_p(null.p_value)}, which cannot fall below "
-            f"{_p(null.smallest_p)}."
+            f"Strangers: one model per family, of every kind. Of its own kind, {null.kind}, the mean is "
+            f"above {round(null.n * null.percentile / 100)} of {null.n}; p = {words.p(null.p_value)}, which cannot "
+            f"fall below {words.p(null.smallest_p)}."
         )
     for what, reason in profile.reasons.items():
         yield from _wrapped(reason, f"  {what.upper() if len(what) == 1 else what}: ")
@@ -142,10 +110,6 @@ def _rank(null: Place, column: str) -> str:
         return f"{'-':>9}"
     below, n = null.everywhere[column]
     return f"{f'{below}/{n}':>9}"
-
-
-def _p(p: float | None) -> str:
-    return "-" if p is None else f"{p:.2g}"
 
 
 def _wrapped(text: str, head: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from llmfp.architecture.specs import ROLES, Role
 from llmfp.checkpoint import TensorSpec
@@ -11,6 +12,7 @@ from llmfp.plan import Plan
 from llmfp.report import printable
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_STEPS = "▁▂▃▄▅▆▇█"
 _BAR_WIDTH, _NARROW_BAR_WIDTH = 8, 4
 
 
@@ -40,9 +42,10 @@ def _sample_lines(fingerprint: Fingerprint) -> list[str]:
 
 def plan_line(plan: Plan) -> str:
     """The plan in one line."""
+    pieces = "reads" if plan.fetched is None else "requests"
     return (
-        f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {len(plan.steps)} "
-        f"reads, {plan.threads} threads, at most {size(plan.needed_bytes)} memory"
+        f"plan: {plan.attention.family}, {len(plan.tasks)} tensors, {size(plan.step_bytes)} in {plan.requests} "
+        f"{pieces}, {plan.threads} threads, at most {size(plan.needed_bytes)} memory"
     )
 
 
@@ -55,8 +58,7 @@ def plan_table(plan: Plan) -> str:
             lines += ["", f"layer  {task.tower:<9} {'bytes':>15}  tensor"]
             tower = task.tower
         roles = "".join(str(p.role).upper() for p in task.projections) + (" twice" if task.second_read else "")
-        nbytes = sum(p.view.nbytes for p in task.projections)
-        lines.append(f"{task.layer:>5}  {roles:<9} {nbytes:>15,}  {task.tensor.name} ({_stored_as(task.tensor)})")
+        lines.append(f"{task.layer:>5}  {roles:<9} {task.nbytes:>15,}  {task.tensor.name} ({_stored_as(task.tensor)})")
     lines += ["", f"skipped {'bytes':>25}  pattern"]
     lines += [
         f"{each['count']:>7,} {each['bytes']:>25,}  {each['pattern']} ({each['reason']})" for each in plan.skipped
@@ -69,6 +71,13 @@ def plan_table(plan: Plan) -> str:
         f"norm gains {plan.gain_bytes:,}, biases {plan.bias_bytes:,}, headers {plan.header_bytes:,}, "
         f"scales {plan.scale_bytes:,}, adapter {plan.adapter_bytes:,}",
     ]
+    if plan.fetched is not None:
+        lines.append(
+            f"in {plan.requests:,} requests after those for headers, gaps between neighbours {plan.gap_bytes:,}"
+        )
+    if plan.sample is not None:
+        share = 100 * plan.step_bytes / max(plan.attention_bytes, 1)
+        lines.append(f"a sample: {plan.step_bytes:,} bytes of attention ({share:.1f} %) are read")
     lines += [f"caveat: {caveat}" for caveat in (*plan.checkpoint.caveats, *plan.attention.caveats)]
     return "\n".join(map(printable, lines))
 
@@ -77,6 +86,21 @@ def _stored_as(tensor: TensorSpec) -> str:
     """A tensor's dtype or encoding, and what an adapter adds to it."""
     stored = tensor.dtype if tensor.encoding is None else tensor.encoding.label
     return stored if tensor.lora is None else f"{stored} + adapter of rank {tensor.lora.a.shape[0]}"
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """A character per value, from the lowest to the highest in eight steps; a point where there is none.
+
+    More values than `width` are thinned out evenly. Plain digits 1 to 8 where the terminal has no Unicode.
+    """
+    if len(values) > width:
+        values = [values[i * (len(values) - 1) // (width - 1)] for i in range(width)]
+    known = [v for v in values if v is not None]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    steps = _STEPS if _unicode() else "12345678"
+    return "".join(
+        "." if v is None else steps[round(7 * (v - low) / (high - low)) if high > low else 3] for v in values
+    )
 
 
 def size(nbytes: int) -> str:
@@ -119,10 +143,14 @@ def _cell(std: float | None, largest: float, width: int) -> str:
 
 def _bar(share: float, width: int) -> str:
     """A horizontal bar; plain characters where the terminal has no Unicode."""
-    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+    if not _unicode():
         return "#" * round(share * width)
     full, part = divmod(round(share * width * 8), 8)
     return (_EIGHTHS[8] * full + _EIGHTHS[part]).rstrip()
+
+
+def _unicode() -> bool:
+    return (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def _run_lines(fingerprint: Fingerprint) -> list[str]:
