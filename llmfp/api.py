@@ -79,7 +79,7 @@ def scan(
     start = time.perf_counter()
     planning: dict[str, Any] = {"threads": threads, "memory_bytes": memory_bytes, "deep": deep, "sample": sample}
     if not isinstance(source, str | os.PathLike):
-        return _run(_open_live(source, config, tower, backend), planning, planned, progress, start)
+        return _scan_live(source, config, tower, backend, planning, planned, progress, start)
     path = Path(source)
     if fingerprints.is_fingerprint(path) and not looks_remote(source):
         return fingerprints.load(path)
@@ -114,24 +114,35 @@ def _run(
     return replace(fingerprint, run={**fingerprint.run, "device": device, "device_why": why})
 
 
-def _open_live(
+def _scan_live(
     source: torch.nn.Module | Mapping[str, torch.Tensor],
     config: Mapping[str, Any] | None,
     tower: str | None,
     backend: str,
-) -> _Opened:
+    planning: Mapping[str, Any],
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+    start: float,
+) -> Fingerprint:
+    from llmfp import device as devices
     from llmfp.reader.tensor_reader import TensorReader, attention_tensors
 
     checkpoint: Checkpoint
     checkpoint = live = open_live(source, config)
     attention = match(checkpoint, tower)
-    elsewhere = [str(t.device) for t in attention_tensors(live, attention) if t.device.type != "cpu"]
-    if elsewhere:
+    places = sorted({str(tensor.device) for tensor in attention_tensors(live, attention)})
+    if elsewhere := [place for place in places if place != "cpu"]:
         chosen, note = backend_on(elsewhere[0], backend)
         checkpoint = replace(checkpoint, caveats=(note,) if note else ())
     else:
         chosen = select(backend)
-    return checkpoint, attention, chosen, TensorReader(live, attention, chosen)
+    opened = checkpoint, attention, chosen, TensorReader(live, attention, chosen)
+    try:
+        return _run(opened, planning, planned, progress, start, device=", ".join(places))
+    except RuntimeError as error:
+        if not elsewhere:
+            raise
+        raise devices.as_error(", ".join(elsewhere), error) from error
 
 
 def _choose_device(source: str | os.PathLike[str], reading: Mapping[str, Any], planning: Any) -> tuple[str, str]:

@@ -180,7 +180,7 @@ def test_a_stop_wakes_who_waits(rings: Any) -> None:
 
 
 @pytest.mark.parametrize("links", [1, 3])
-@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert", "deepseek"])
 def test_a_scan_through_the_ring_is_the_scan_without_it(layout: str, links: int, tmp_path: Path) -> None:
     """Every layout, deep, on one device and over three: gains along rows, second reads, keys kept for queries."""
     path = build(layout, layers=4).write(tmp_path / layout)
