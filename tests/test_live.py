@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
-class Model(torch.nn.Module):  # type: ignore[misc, name-defined]
+class Model(torch.nn.Module):
     """A module that is nothing but its parameters, under dotted names."""
 
     def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ def test_wrappers_names_are_seen_through(prefix: str, llama: tuple[Path, dict[st
     assert llmfp.scan(wrapped, config=config).digest == llmfp.scan(path).digest
 
 
-class Odd(torch.Tensor):  # type: ignore[misc, name-defined]
+class Odd(torch.Tensor):
     """A subclass whose values are not simply in memory."""
 
     @classmethod
@@ -236,7 +236,7 @@ def test_the_trainer_callback_logs_the_drift(
 ) -> None:
     """By the Trainer's contract: events by name, the model by keyword, log_history appended to before on_log."""
     module = type(sys)("transformers")
-    module.TrainerCallback = Callback  # type: ignore[attr-defined]
+    module.TrainerCallback = Callback
     monkeypatch.setitem(sys.modules, "transformers", module)
     _, tensors, config = llama
     model, callback, state = Model(copy.deepcopy(tensors), config), trainer_callback(), State()

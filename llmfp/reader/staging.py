@@ -129,7 +129,7 @@ class StagingRing:
                 self._link.settle(slot.copied)
                 if len(slot.host) < step.nbytes:  # a unit of reduction is larger than a slot
                     slot.host, slot.room = self._link.host(step.nbytes), self._link.room(step.nbytes)
-                self._fill(step, memoryview(slot.host.numpy())[: step.nbytes])  # type: ignore[arg-type]
+                self._fill(step, slot.host.numpy().data[: step.nbytes])
                 slot.copied = self._link.copy(slot.host[: step.nbytes], slot.room[: step.nbytes], slot.used)
                 with self._changed:
                     self._staged[step] = slot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmfp.architecture import AttentionMap
 from llmfp.checkpoint.live import LiveCheckpoint, is_sharded, why_unreadable
@@ -76,7 +76,8 @@ class TensorReader:
             return tensor
         if self._gathered is None or self._gathered[0] != offset_bytes:
             self._gathered = None  # first, so that there are never two
-            self._gathered = offset_bytes, tensor.full_tensor()  # type: ignore[attr-defined]
+            sharded: Any = tensor
+            self._gathered = offset_bytes, sharded.full_tensor()
         return self._gathered[1]
 
 
