@@ -345,7 +345,7 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
     return Fingerprint(
         architecture=plan.attention.family,
         towers=towers,
-        source=_source(checkpoint),
+        source=_source(plan),
         run={
             "backend": backend.name,
             "simd": backend.describe(),
@@ -391,8 +391,9 @@ def _sample_caveats(plan: Plan) -> list[str]:
     return [f"rests on a sample: {share:.1f} % of the attention weights were read; every σ is an estimate"]
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+def _source(plan: Plan) -> dict[str, Any]:
     """Provenance. Names only: a path would tell strangers about the machine."""
+    checkpoint = plan.checkpoint
     return {
         "name": checkpoint.repo or checkpoint.path.absolute().name,
         "base": None if checkpoint.base is None else checkpoint.base.absolute().name,
@@ -400,6 +401,7 @@ def _source(checkpoint: Checkpoint) -> dict[str, Any]:
         "url": checkpoint.url,
         "revision": checkpoint.revision,
         "model_type": checkpoint.config.get("model_type"),
+        "stored_as": sorted({task.tensor.stored_as for task in plan.tasks}),
         "files": [
             {
                 "name": shard.path.name,

@@ -303,6 +303,8 @@ def _restored(saved: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Fing
         for key in keys:
             _expect(saved["run"][key], kind, f"run.{key}")
     _expect(saved["source"]["name"], str, "source.name")
+    for stored_as in _expect(saved["source"].get("stored_as", []), list, "source.stored_as"):
+        _expect(stored_as, str, "source.stored_as")
     for caveat in saved["caveats"]:
         _expect(caveat, str, "caveats")
     for skipped in saved["skipped"]:

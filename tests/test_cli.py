@@ -196,8 +196,9 @@ def test_scan_prints_the_documented_object(checkpoint: Path, run_main: Any) -> N
     found = scanned(run_main, checkpoint)
     assert set(found) == SCAN_KEYS
     assert found["schema"] == "llmfp.fingerprint/1"
-    assert set(found["source"]) == {"name", "base", "repo", "url", "revision", "model_type", "files"}
+    assert set(found["source"]) == {"name", "base", "repo", "url", "revision", "model_type", "stored_as", "files"}
     assert found["source"]["name"] == "small-llama"
+    assert found["source"]["stored_as"] == ["F32"]
     assert set(found["source"]["files"][0]) == {"name", "bytes", "sha256", "etag"}
     assert (found["architecture"], found["layers"]) == ("llama", [0, 1, 2])
     assert (found["heads"], found["kv_heads"], found["head_dim"], found["hidden_size"]) == (4, 2, 8, 24)

@@ -21,7 +21,8 @@ from llmfp.__main__ import main
 from llmfp.errors import LlmfpError
 from llmfp.evidence import comparison
 from llmfp.fingerprint import Fingerprint
-from llmfp.report.comparison import _ranges, comparison_page
+from llmfp.report.comparison import comparison_page
+from llmfp.report.words import ranges
 from tests.lineage import config_of, initialised, trained, write
 
 CONFIG = config_of()
@@ -346,9 +347,9 @@ def test_the_page_says_what_the_json_says(models: Path, run_main: Any) -> None:
 
 
 def test_layers_are_printed_as_runs() -> None:
-    assert _ranges([(n, n) for n in range(8)]) == "0-7 with 0-7"
-    assert _ranges([(0, 0), (1, 1), (3, 2), (4, 3), (9, 9)]) == "0-1 with 0-1, 3-4 with 2-3, 9 with 9"
-    assert _ranges([]) == ""
+    assert ranges([(n, n) for n in range(8)]) == "0-7 with 0-7"
+    assert ranges([(0, 0), (1, 1), (3, 2), (4, 3), (9, 9)]) == "0-1 with 0-1, 3-4 with 2-3, 9 with 9"
+    assert ranges([]) == ""
 
 
 NAMES = ["\x1b[31mred\x1b[0m", "line\nbreak", "‮evil", "a" * 300, "tab\tand\rreturn", "字" * 60, "\x00", "</script>"]

@@ -53,6 +53,11 @@ class TensorSpec:
         """Bytes per element; only meaningful for dtypes of whole bytes."""
         return ITEM_BITS[self.dtype] // 8
 
+    @property
+    def stored_as(self) -> str:
+        """Its dtype, or how its codes are called."""
+        return self.dtype if self.encoding is None else self.encoding.label
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

@@ -42,7 +42,7 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 @click.option("--expect", type=click.Choice(list(EXPECTED)), help="Exit with 1 where the verdict is another.")
 @click.option(
     "--permutations",
-    type=click.IntRange(1, 100_000_000),
+    type=click.IntRange(1, 10_000_000),
     default=100_000,
     show_default=True,
     help="Drawn for each permutation test.",

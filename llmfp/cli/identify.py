@@ -20,7 +20,7 @@ from llmfp.cli.progress import ProgressBar
     help="Chance of calling any stranger related, over the whole search.",
 )  # fmt: skip
 @click.option(
-    "--permutations", type=click.IntRange(1, 100_000_000), default=100_000, show_default=True,
+    "--permutations", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True,
     help="Drawn for each test.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = "llmfp.comparison/1"
+PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")
 TESTS = ("residual", "heads", "coherence", "profile")
 """By what they can show, strongest last resort first."""
 ESCAPES = {
@@ -235,11 +236,22 @@ def _side(fingerprint: Fingerprint, name: str, tower: TowerFingerprint) -> Side:
 def _identical(a: Fingerprint, b: Fingerprint, tower_a: TowerFingerprint, tower_b: TowerFingerprint) -> bool:
     """Whether both come from the same weights; weights that are all alike come from nowhere, a sample is not all."""
     varied = any(std for column in tower_a.std.values() for std in column)
-    return varied and a.sample is b.sample is None and a.digest == b.digest and tower_a.statistics == tower_b.statistics
+    return varied and a.sample is b.sample is None and a.digest == b.digest and _same(tower_a, tower_b)
 
 
 def _same(one: TowerFingerprint, *others: TowerFingerprint) -> bool:
-    return any(one.statistics == other.statistics for other in others)
+    """Whether all statistics of one are those of another, to the bit: a NaN is its own equal."""
+    return any(_bits(one) == _bits(other) for other in others)
+
+
+def _bits(tower: TowerFingerprint) -> list[tuple[str, list[object]]]:
+    def exact(value: object) -> object:
+        return value.hex() if isinstance(value, float) else value
+
+    return [
+        (role, [None if s is None else [exact(getattr(s, field)) for field in s.__slots__] for s in column])
+        for role, column in sorted(tower.statistics.items())
+    ]
 
 
 class _Alignment(NamedTuple):
@@ -305,6 +317,9 @@ def _caveats(
 ) -> list[str]:
     caveats = []
     for fingerprint, side in zip((a, b), sides, strict=True):
+        quantised = [name for name in fingerprint.source.get("stored_as", []) if name not in PLAIN_FLOATS]
+        if quantised:
+            caveats.append(f"{side.name}: quantised weights ({', '.join(quantised)}), compared as they are rounded")
         if len(fingerprint.towers) > 1:
             caveats.append(f"{side.name}: of the towers {', '.join(fingerprint.towers)} only {side.tower} is compared")
     if sides[0].tower != sides[1].tower:

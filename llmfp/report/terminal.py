@@ -84,7 +84,7 @@ def plan_table(plan: Plan) -> str:
 
 def _stored_as(tensor: TensorSpec) -> str:
     """A tensor's dtype or encoding, and what an adapter adds to it."""
-    stored = tensor.dtype if tensor.encoding is None else tensor.encoding.label
+    stored = tensor.stored_as
     return stored if tensor.lora is None else f"{stored} + adapter of rank {tensor.lora.a.shape[0]}"
 
 
