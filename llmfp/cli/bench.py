@@ -36,7 +36,7 @@ def command(
     """Measures storage, page cache, memory, GPUs, kernels and a whole scan, in at most two minutes, each against its
     ceiling in the same run.
 
-    PATH is a checkpoint, which is read, or a directory to put one in for the time of measuring; default: the system's
+    [PATH] is a checkpoint, which is read, or a directory to put one in for the time of measuring; default: the system's
     directory for temporary files.
     """
     from llmfp.hardware import machine, records
