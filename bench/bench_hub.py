@@ -66,7 +66,7 @@ def served() -> Iterator[Served]:
                 server.terminate()
 
 
-def test_remote_scan(served: Served, benchmark: Benchmark) -> None:
+def test_remote_scan(served: Served, benchmark: Benchmark, tmp_path: Path) -> None:
     comparison = Comparison("hub", "a remote scan, on loopback", page_cache.WARM)
     comparison.add(
         "llmfp.scan",
@@ -82,9 +82,9 @@ def test_remote_scan(served: Served, benchmark: Benchmark) -> None:
     )
     for connections in (1, _CONNECTIONS):
         name = f"curl, connections: {connections}"
-        with tempfile.NamedTemporaryFile("w", suffix=".curl", delete=False) as file:
-            file.write(_curl_config(served))
-        command = ["curl", "--silent", "--fail", "--parallel", "--parallel-max", str(connections), "-K", file.name]
+        config = tmp_path / f"{connections}.curl"
+        config.write_text(_curl_config(served))
+        command = ["curl", "--silent", "--fail", "--parallel", "--parallel-max", str(connections), "-K", str(config)]
         comparison.add(name, launched(command), nbytes=served.nbytes, threads=connections)
     comparison.add(
         "httpx2 into a buffer, threads: 8", timed(partial(_by_httpx, served), lambda _: None),

@@ -472,7 +472,8 @@ IMPORTED = """
 import sys
 from llmfp.__main__ import main
 code = main(sys.argv[1:]) if sys.argv[1:] else 0
-print(*sorted({"torch", "triton", "numpy", "safetensors"} & set(sys.modules)), file=sys.stderr)
+heavy = {"torch", "triton", "numpy", "safetensors", "ssl", "http", "huggingface_hub"}
+print(*sorted(heavy & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """
 

@@ -147,3 +147,16 @@ def test_what_contradicts_itself_is_refused(change: dict[str, Any], words: list[
 def test_block_sizes_that_are_none_are_refused(size: Any, tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "fp8", "weight_block_size": size}}
     assert "weight_scale_inv" in broken(tmp_path, {}, config)
+
+
+@pytest.mark.parametrize("role", "qkvo")
+@pytest.mark.parametrize("field", ["weight_scale_inv", "qzeros", "SCB", "weight.absmax"])
+def test_scales_without_their_codes_are_named(field: str, role: str, tmp_path: Path) -> None:
+    """Not a projection that the layer lacks by design."""
+    whole = {"weight": np.ones((16, 16), np.float32)}
+    parts: dict[str, Any] = {**dict.fromkeys("qkvo", whole), role: {field: np.ones((1, 1), np.float32)}}
+    found = error_of(write_quantised(tmp_path, parts, heads=4))
+    module = f"model.layers.0.self_attn.{role}_proj"
+    assert (
+        f"tensor '{module}.{field}' is there, and the codes that it belongs to, {module}.weight, are missing" in found
+    )

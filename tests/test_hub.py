@@ -6,6 +6,7 @@ Every fault of the test Hub is tried on the same model; the server counts what w
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ from llmfp.hub.settings import Settings, is_local
 from llmfp.hub.source import HubId, WeightUrl, looks_remote, parse_source
 from llmfp.hub.throttle import MOST_AT_ONCE, Throttle
 from llmfp.reader.fetches import MOST_GAP_BYTES, fetches
-from tests.checkpoints import BACKEND, build
+from tests.checkpoints import BACKEND, build, entry, framed
 from tests.hub_server import FAULTS, HubServer
 from tests.remote import TestClock, client, write_experts
+from tests.test_engine import peak_of
 
 SHARD = "model-00002-of-00004.safetensors"
 
@@ -153,6 +155,23 @@ def test_gguf_and_torch_files_are_read_by_range(tmp_path: Path) -> None:
     with HubServer() as hub:
         hub.add("org/torch", tmp_path / "torch")
         assert scan(hub, "org/torch").digest == llmfp.scan(path, backend=BACKEND).digest
+
+
+def test_the_memory_budget_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 MiB of zeros through 48 MiB, beyond what a plan takes; 6 MiB of slack for the measurement."""
+    layers, side = 4, 2048
+    names = [f"model.layers.{layer}.self_attn.{role}_proj.weight" for layer in range(layers) for role in "qkvo"]
+    nbytes = 4 * side * side
+    header = {name: entry("F32", [side, side], i * nbytes, (i + 1) * nbytes) for i, name in enumerate(names)}
+    (tmp_path / "model").mkdir()
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(framed(header))
+    os.truncate(path, path.stat().st_size + len(names) * nbytes)
+    with HubServer(hash_files=False) as hub:
+        hub.add("org/zeros", tmp_path / "model")
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        planned, scanned = (peak_of(command, "org/zeros", "--memory", "48MiB") for command in ("plan", "scan"))
+    assert scanned - planned <= (48 + 6) << 20
 
 
 # --- SOURCE ----------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,6 +101,16 @@ def test_a_key_keeps_its_numbers(where: str, fingerprint: Fingerprint) -> None:
         registry.add([(other(fingerprint, 1), Origin("org/a", COMMIT))])
     assert "registry rm" in raised.value.hint
     assert len(keys(registry)) == 1
+
+
+def test_what_is_added_again_is_known_by_the_later_row(where: str, fingerprint: Fingerprint) -> None:
+    """A local model whose files were touched: the same numbers, and a new stamp to know them by."""
+    registry = Registry.open(where, create=True)
+    for stamp in "cadbfe":
+        registry.add([(fingerprint, Origin("model", "digest:1", stamp=stamp))])
+        assert registry.table(["stamp"]).to_pylist() == [{"stamp": stamp}]
+    registry.compact()
+    assert registry.table(["stamp"]).to_pylist() == [{"stamp": "e"}]
 
 
 def test_a_sample_is_not_kept(where: str, fingerprint: Fingerprint) -> None:
@@ -215,6 +226,7 @@ def test_killed_before_any_change_nothing_acknowledged_is_lost(tmp_path: Path, f
         after.compact()
         assert keys(after) == [(f"org/{n}", COMMIT) for n in range(4)]
         assert {problem.reason for problem in after.verify()} <= {"was removed"}
+        fsspec.filesystem("memory").rm(where, recursive=True)
         if alive:
             assert fatal > 15
             return

@@ -1,4 +1,5 @@
-// Stored codes → numbers, a row's segment at a time, as float (the fast path's stage) or double (the exact path).
+// Stored codes → numbers, a part of a row at a time, as float or double: for the exact path, for what segment.hpp has no
+// shorter way for, and for whoever wants the numbers themselves.
 //
 // kernels/codes.py is the definition. Every operation is written so that it has one rounding, wherever it runs:
 // (level - zero) * scale is a subtraction and a multiplication, scale * level + shift one fused operation. Codes are laid
@@ -12,7 +13,7 @@ namespace {
 
 LLMFP_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-constexpr size_t STAGE_COLS = 1024; // columns decoded at a time: a segment of the fast path
+constexpr size_t STAGE_COLS = 1024; // columns at a time: a segment of the fast path
 
 LLMFP_INLINE float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LLMFP_INLINE double fused(double a, double b, double c) { return __builtin_fma(a, b, c); }

@@ -50,7 +50,7 @@ struct Scratch {
     float *fast[4];      // column sums and squares, plain and weighted by row, of up to 32 rows
     double *sum[4];      // the same over the unit; the third holds the cross products where they are asked for
     double *row;         // one decoded row (exact path)
-    float *stage;        // decoded segments of FOLD_ROWS rows, where elements are not reduced as they are stored
+    float *stage;        // decoded parts of FOLD_ROWS rows, for cross products of what is not reduced as it is stored
     uint8_t *bad;        // whether a column holds a non-finite element (exact path)
 };
 

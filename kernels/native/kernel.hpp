@@ -9,8 +9,9 @@
 // judged by its own sums, and one that fails is done again by the exact path: float64, two passes, centred, reading
 // the unit (about 2 MB) from cache. float64 elements have only that path.
 //
-// Elements that are quantised, or that an adapter adds to, are STAGED: of a group of rows, a segment at a time is laid
-// out in the first-level cache (segment.hpp) and becomes float32 in registers, in stored order.
+// Elements that are quantised, or that an adapter adds to, are STAGED: of a band of rows, a segment at a time is laid
+// out in the first-level cache (segment.hpp) and becomes float32 in registers, in stored order; row sums are then at
+// most 64 additions deep. The largest magnitude is looked for only where a segment's scales allow a new one.
 #pragma once
 
 #include "segment.hpp"

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
@@ -41,8 +42,8 @@ from llmfp.architecture.heads import count_heads, head_sizes
 from llmfp.architecture.layouts import FUSED, latent_sizes, lay_bias, lay_views, named
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding import encoded, weight_name
-from llmfp.errors import ArchitectureError
+from llmfp.encoding import alone, encoded, weight_name
+from llmfp.errors import ArchitectureError, EncodingError
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _CLOSEST = 6
@@ -81,6 +82,7 @@ def match(checkpoint: Checkpoint, tower: str | None = None) -> AttentionMap:
         found = [each for each in found if each.slot.tower == tower]
         if tower not in present:
             raise _no_tower(checkpoint, tower, present)
+    _check_scales(checkpoint, family, found)
     caveats = _config_caveats(checkpoint, family, config, found)
     towers = []
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
@@ -114,6 +116,20 @@ def _recognise(specs: Iterable[TensorSpec]) -> list[_Found]:
                 block = template.split("{layer}")[0]
                 result += [_Found(slot, block, int(part), spec) for slot in table.get(template, ())]
     return result
+
+
+def _check_scales(checkpoint: Checkpoint, family: Family, found: Iterable[_Found]) -> None:
+    """Raises EncodingError for scales of a projection that is not there itself, in the layers that were found."""
+    scales = alone(checkpoint)
+    places = {(each.block, each.layer) for each in found}
+    for each in _recognise(replace(spec, name=name) for name, spec in scales.items()):
+        if each.slot.family == family.name and each.slot.part in PARTS and (each.block, each.layer) in places:
+            scale = scales[each.spec.name]
+            raise EncodingError(
+                f"{checkpoint.shards[scale.shard].path}: tensor {scale.name!r} is there, and the codes that it belongs "
+                f"to, {each.spec.name}, are missing",
+                hint="fetch the files again",
+            )
 
 
 def _layers_left_out(recognised: Iterable[_Found], config: Mapping[str, Any]) -> dict[tuple[str, int], str]:

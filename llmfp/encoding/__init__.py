@@ -34,6 +34,13 @@ _SIBLINGS = {
 """What lies beside a `weight` that holds codes → the module that knows it; the first that is there decides."""
 
 
+_SCALES = (
+    "weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape",
+    "qscale_weight", "scale_weight", "scales", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax",
+)  # fmt: skip
+"""Last components of names that nothing but scales, zeros and the like of a quantised weight have."""
+
+
 def weight_name(name: str) -> str:
     """The name that the weight had before it was quantised: q_proj.weight for q_proj.qweight or q_proj.weight.qdata."""
     module, _, last = name.rpartition(".")
@@ -55,6 +62,17 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     encode = importlib.import_module(f"llmfp.encoding.{method}").encode
     result: TensorSpec = encode(checkpoint, spec, Siblings(checkpoint, spec))
     return result
+
+
+def alone(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Scales and zeros whose codes are missing: of each weight that is not there under any name, one of them."""
+    found = {}
+    for spec in checkpoint.tensors.values():
+        module, _, field = spec.name.rpartition(".")
+        module = module.removesuffix(".weight")
+        if field in _SCALES and not any(f"{module}.{codes}" in checkpoint.tensors for codes in ("weight", *_CODES)):
+            found[f"{module}.weight"] = spec
+    return found
 
 
 def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
@@ -87,4 +105,4 @@ def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     return blocks.encode(checkpoint, spec)
 
 
-__all__ = ["FLOATS", "Encoding", "decode_gain", "encoded", "weight_name"]
+__all__ = ["FLOATS", "Encoding", "alone", "decode_gain", "encoded", "weight_name"]

@@ -6,6 +6,8 @@ for theirs. A range that somebody waits for is fetched before all others.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import threading
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -18,8 +20,6 @@ from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 from llmfp.reader.fetches import FETCH_BYTES, Fetch, Want, fetches
 
-_KEPT_BUFFERS_FROM = 1 << 20
-
 
 class _Range:
     """A fetch under way: its buffer once it is there, and how many reads of it are still to come."""
@@ -30,7 +30,7 @@ class _Range:
         self.fetch = fetch
         self.uses = len(fetch.wants)
         self.state = "planned"
-        self.buffer: bytearray | None = None
+        self.buffer: mmap.mmap | None = None
 
 
 class HttpReader:
@@ -55,7 +55,7 @@ class HttpReader:
         self._next = 0
         self._window = 0
         self._held = 0  # bytes in buffers, those kept for the next range included
-        self._spare: list[bytearray] = []
+        self._spare: list[mmap.mmap] = []
         self._threads: list[threading.Thread] = []
         self._local = threading.local()
 
@@ -104,7 +104,7 @@ class HttpReader:
         with self._changed:
             found.uses -= 1
             if not found.uses and found.buffer is not None:
-                self._put_back(found.buffer)
+                self._spare.append(found.buffer)
                 found.buffer = None
                 self._changed.notify_all()
 
@@ -120,7 +120,8 @@ class HttpReader:
             thread.join()
         self._ranges.clear()
         self._reads.clear()
-        self._spare.clear()
+        while self._spare:
+            self._let_go(self._spare.pop())
 
     def _work(self) -> None:
         while (found := self._take()) is not None:
@@ -164,23 +165,23 @@ class HttpReader:
         found.buffer = self._buffer(found.fetch.nbytes)
         return found
 
-    def _buffer(self, nbytes: int) -> bytearray:
+    def _buffer(self, nbytes: int) -> mmap.mmap:
         """A buffer of that size or more; used before if possible, since new memory costs as much as receiving."""
-        fitting = [spare for spare in self._spare if nbytes <= len(spare) <= max(2 * nbytes, _KEPT_BUFFERS_FROM)]
+        fitting = [spare for spare in self._spare if nbytes <= len(spare) <= 2 * nbytes]
         if fitting:
             buffer = min(fitting, key=len)
             self._spare.remove(buffer)
             return buffer
         while self._spare and self._held + nbytes > self._window:
-            self._held -= len(self._spare.pop())
-        self._held += nbytes
-        return bytearray(nbytes)
+            self._let_go(self._spare.pop())
+        buffer = mmap.mmap(-1, max(nbytes, 1))  # unlike the allocator's, given back to the system at once
+        self._held += len(buffer)
+        return buffer
 
-    def _put_back(self, buffer: bytearray) -> None:
-        if len(buffer) >= _KEPT_BUFFERS_FROM:
-            self._spare.append(buffer)
-        else:
-            self._held -= len(buffer)
+    def _let_go(self, buffer: mmap.mmap) -> None:
+        self._held -= len(buffer)
+        with contextlib.suppress(BufferError):  # after an error its traceback may still hold a view
+            buffer.close()
 
     def _receive(self, shard: int, offset: int, view: memoryview) -> None:
         file = self._files[shard]

@@ -145,8 +145,7 @@ class Registry:
     def add(self, added: Iterable[tuple[Fingerprint, Origin]]) -> list[dict[str, Any]]:
         """Keeps fingerprints; returns their rows. What is there already, under the same key, stays as it is.
 
-        Raises RegistryError for a key that holds other numbers, for samples, and for what the store does not let it
-        write.
+        Raises RegistryError for a key that holds other numbers, for samples, and for what the store will not write.
         """
         rows = []
         for fingerprint, origin in added:

@@ -99,7 +99,8 @@ class Index:
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows in the order of (repo, revision), one for each; columns as named, or all.
 
-        Where two writers added the same key, the row with the lesser entry stands. Raises RegistryError for files that
+        Where two writers added the same key, the row with the lesser entry stands; where one added it again, the later
+        row. Raises RegistryError for files that
         are no part of an index.
         """
         table = _one_for_each_key(self.read_all(columns))
@@ -142,7 +143,7 @@ class Index:
         missed is in the new file.
         """
         pa = arrow()
-        wanted = None if columns is None else list(dict.fromkeys((*KEY, "entry", *columns)))
+        wanted = None if columns is None else list(dict.fromkeys((*KEY, "entry", "added", *columns)))
         tables: dict[str, Any] = {}
         names = self._names()
         for _ in range(_MOST_ROUNDS):
@@ -217,7 +218,8 @@ def _one_for_each_key(table: pa.Table) -> pa.Table:
     if _is_ordered(table):
         return table
     pc = arrow().compute
-    table = table.take(pc.sort_indices(table, sort_keys=[(name, "ascending") for name in (*KEY, "entry")]))
+    order = [*((name, "ascending") for name in (*KEY, "entry")), ("added", "descending")]
+    table = table.take(pc.sort_indices(table, sort_keys=order))
     return table.filter(_differs_from_the_row_before(table))
 
 

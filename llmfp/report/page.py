@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmfp.architecture.specs import ROLES
 from llmfp.errors import LlmfpError
 from llmfp.report import charts, tables, words
+from llmfp.report.lineage import lineage
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -90,6 +91,28 @@ def fingerprint(found: Json) -> str:
     ready()
     figures = [_curves({"A": (found["layers"], found["std"])})]
     return _rendered("fingerprint.html.jinja", found, figures, found=found)
+
+
+def atlas(found: Json) -> str:
+    """The atlas of a registry, from the object that `atlas --json` prints."""
+    return _rendered(
+        "atlas.html.jinja",
+        found,
+        [],
+        script_name="atlas.js",
+        found=found,
+        families=lineage(found),
+        relatives=_relatives(found),
+    )
+
+
+def _relatives(found: Json) -> list[int]:
+    """How many relations each model has, declared or detected."""
+    counts = [0] * len(found["models"])
+    for edge in found["edges"]:
+        counts[edge["a"]] += 1
+        counts[edge["b"]] += 1
+    return counts
 
 
 def fragment(template: str, found: Json, **more: Any) -> str:
@@ -277,8 +300,10 @@ def _harmless(cell: Cell) -> Cell:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
 
 
-def _rendered(template: str, data: Json, figures: Sequence[Figure], **more: Any) -> str:
-    style, script = _asset("page.css"), _asset("page.js")
+def _rendered(
+    template: str, data: Json, figures: Sequence[Figure], *, script_name: str = "page.js", **more: Any
+) -> str:
+    style, script = _asset("page.css"), _asset(script_name)
     return (
         _environment()
         .get_template(template)
