@@ -13,7 +13,17 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = "kernels/native"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-HEADERS = ("decode.hpp", "ggml.hpp", "ggml_types.inc", "job.hpp", "kernel.hpp", "lanes.hpp", "pages.hpp", "segment.hpp")
+HEADERS = (
+    "decode.hpp",
+    "ggml.hpp",
+    "ggml_types.inc",
+    "job.hpp",
+    "kernel.hpp",
+    "lanes.hpp",
+    "pages.hpp",
+    "segment.hpp",
+    "words.h",
+)
 LEVELS = {
     "simd_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     "simd_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

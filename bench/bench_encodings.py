@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from bench import ceilings
 from bench.bench_kernels import MEMORY
-from bench.checkpoints import to_bfloat16
 from bench.harness import Benchmark, Comparison, in_threads, rounds, timed
 from llmfp.encoding.blocks import grid
+from llmfp.hardware.samples import to_bfloat16
 from llmfp.kernels import load
 from llmfp.kernels.codes import AWQ_ORDER
 from llmfp.kernels.reference import decode

@@ -17,8 +17,8 @@ import pytest
 from numpy.typing import NDArray
 
 from bench import ceilings
-from bench.checkpoints import to_bfloat16
 from bench.harness import Benchmark, Comparison, in_threads, rounds, timed
+from llmfp.hardware.samples import encode, stored_type
 from llmfp.kernels import BACKENDS, Backend, load
 from llmfp.kernels.reference import decode
 from llmfp.marginals import Chunk, Marginals, unit_rows
@@ -68,10 +68,10 @@ class Memory:
 def memory(request: pytest.FixtureRequest) -> Memory:
     dtype = str(request.param)
     generator = np.random.default_rng(0)
-    itemsize = _stored(dtype).itemsize
+    itemsize = stored_type(dtype).itemsize
     scale = 0.02 if itemsize > 1 else 1.0  # 8-bit weights are stored scaled up, to stay clear of the subnormals
     values = (generator.standard_normal(CHUNK_BYTES // itemsize) * scale).astype(np.float32)
-    buffer = np.tile(_encode(values, dtype), BUFFER_BYTES // CHUNK_BYTES)
+    buffer = np.tile(encode(values, dtype), BUFFER_BYTES // CHUNK_BYTES)
     return Memory(dtype, buffer, (1 + generator.standard_normal(COLS) / 4).astype(np.float32))
 
 
@@ -223,19 +223,3 @@ def _check_marginals(expected: Marginals, std: float, answers: list[Marginals]) 
         assert (answer.cross is None) == (expected.cross is None)
         if answer.cross is not None and expected.cross is not None:
             np.testing.assert_allclose(np.frombuffer(answer.cross), np.frombuffer(expected.cross), atol=1e-5, rtol=0)
-
-
-def _stored(dtype: str) -> np.dtype[Any]:
-    """The NumPy type that holds the stored bits."""
-    return np.dtype({"BF16": "u2", "F16": "f2", "F32": "f4", "F64": "f8"}.get(dtype, "u1"))
-
-
-def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    if dtype == "BF16":
-        return to_bfloat16(values)
-    if dtype == "F8_E5M2":  # the upper half of a float16
-        return (values.astype(np.float16).view(np.uint16) >> 8).astype(np.uint8)
-    if dtype == "F8_E4M3":  # half the exponent bits of a float16: scaled by 2^-8, its bits are those of e4m3 and a tail
-        bits = (values * np.float32(2.0**-8)).astype(np.float16).view(np.uint16)
-        return ((bits >> 8 & 0x80) | (bits >> 7 & 0x7F)).astype(np.uint8)
-    return values.astype(_stored(dtype))

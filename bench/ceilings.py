@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bench.checkpoints import cache_directory
 
 SOURCE = Path(__file__).parent / "native" / "ceiling.c"
+LOOP = Path(__file__).parents[1] / "kernels" / "native" / "words.h"
 FLAGS = ("-std=c11", "-O3", "-march=native", "-ffp-contract=fast", "-pthread")
 METHODS = ("map", "release", "pread", "cat", "direct")
 """Ways to read a file, described in ceiling.c."""
@@ -64,7 +65,7 @@ def _library() -> ctypes.CDLL:
 @cache
 def _compiled(name: str, *flags: str) -> Path:
     """Built once per content of the source; raises CalledProcessError with the compiler's own words on stderr."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
+    key = hashlib.sha256(SOURCE.read_bytes() + LOOP.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:12]
     target = cache_directory() / f"native-{key}" / name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from llmfp.hardware.samples import to_bfloat16
+
 VERSION = 1
 """Goes into the directory's name: raise it when what is written changes."""
 ALIGNMENT = 8
@@ -122,12 +124,6 @@ def checkpoint(shape: LlamaShape) -> BenchCheckpoint:
     manifest = json.loads((directory / MANIFEST).read_text())
     tensors = tuple(Tensor(**entry) for entry in manifest["tensors"])
     return BenchCheckpoint(directory, shape.layers, tensors, manifest["words_sum"])
-
-
-def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of the nearest bfloat16, ties to even. Finite values only."""
-    bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ceilings
+from llmfp.hardware.machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = "llmfp.bench/1"
@@ -107,7 +108,7 @@ def store(suite: str, comparisons: list[Json], machine: Json) -> Path:
 
 def describe_machine() -> Json:
     """What the numbers depend on, and nothing that says whose machine it is."""
-    name = _processor()
+    name = processor()
     cores = ceilings.cores()
     return {
         "processor": name,
@@ -131,18 +132,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _processor() -> str:
-    """Model name with the microarchitecture's numbers where a hypervisor hides the name proper."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = re.sub(r"\(R\)|\(TM\)|CPU|@.*", "", fields.get("model name", platform.machine()))
-    if re.search(r"\d", name) is None and "model" in fields:
-        name += f" family {fields['cpu family']} model {fields['model']}"
-    return " ".join(name.split())
 
 
 def _commit() -> str:

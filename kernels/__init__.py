@@ -30,6 +30,8 @@ class Backend(Protocol):
     """Bytes of temporary memory `marginals` needs per element of one unit."""
     scratch_per_code: int
     """The same, on top of it, where elements are decoded or an adapter adds to them."""
+    takes_tensors: bool
+    """Whether a chunk's data may be a flat uint8 torch tensor, on any device that the back end computes on."""
     guards_mapped_pages: bool
     """Whether `marginals` survives (OSError) a mapped file that shrinks under it; otherwise chunks are copied first."""
 
@@ -75,6 +77,32 @@ def load(name: str) -> Backend:
         raise BackendError(f"no back end named {name!r}", hint=f"choose one of {', '.join(BACKENDS)}")
     backend: Backend = importlib.import_module(f"llmfp.kernels.{name}").BACKEND
     return backend
+
+
+def on(device: str, name: str = "auto") -> tuple[Backend, str]:
+    """The best back end for a torch device, or the named one, and, where it is not the fused one, why; else ''.
+
+    Raises BackendError for a device, or a back end, that cannot be used."""
+    from llmfp.kernels.torch_fallback import TorchFallback
+
+    if name in ("native_cpu", "reference"):
+        raise BackendError(f"back end {name} computes on the CPU, not on {device}", hint="leave out --backend")
+    reason = f"Triton has no kernels for {device.partition(':')[0]}"
+    if name == "torch_fallback":
+        reason = "asked for"
+    elif device.startswith("cuda"):
+        from llmfp.kernels.triton_gpu import TritonGpu
+
+        fused = TritonGpu(device)
+        reason = fused.why_unavailable() or fused.why_broken() or ""
+        if not reason:
+            return fused, ""
+    if name == "triton_gpu":
+        raise BackendError(f"back end {name} cannot run on {device}: {reason}", hint="leave out --backend")
+    plain = TorchFallback(device)
+    if why := plain.why_unavailable():
+        raise BackendError(f"device {device} cannot be used: {why}", hint="llmfp-fast backends lists what can run here")
+    return plain, f"pure torch computes on {device}: {reason}"
 
 
 def select(name: str = "auto") -> Backend:

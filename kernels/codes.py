@@ -45,7 +45,7 @@ def _rows(chunk: Chunk, count: int, row_bytes: int) -> NDArray[np.uint8]:
     return np.ndarray(
         (count, row_bytes),
         np.uint8,
-        buffer=chunk.data,
+        buffer=chunk.host_data,
         offset=chunk.offset_bytes,
         strides=(chunk.row_stride_bytes, 1),
     )

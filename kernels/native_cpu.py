@@ -27,6 +27,7 @@ class NativeCpu:
     library_bytes = 1 << 20
     scratch_per_element = 2
     scratch_per_code = 0
+    takes_tensors = False
     guards_mapped_pages = True
 
     def __init__(self) -> None:

@@ -56,7 +56,7 @@ def _stored(chunk: Chunk) -> Float64:
     bits = np.ndarray(
         (chunk.rows, chunk.cols),
         stored,
-        buffer=chunk.data,
+        buffer=chunk.host_data,
         offset=chunk.offset_bytes,
         strides=(chunk.row_stride_bytes, stored.itemsize),
     )
@@ -105,6 +105,7 @@ class Reference:
     library_bytes = 24 << 20
     scratch_per_element = 48
     scratch_per_code = 96
+    takes_tensors = False
     guards_mapped_pages = False
 
     def why_unavailable(self) -> str | None:

@@ -1,31 +1,36 @@
-"""The statistics in plain torch, on any device torch offers that has float64.
+"""The statistics in plain torch, on any device torch offers.
 
 Slow beside `native_cpu` and `triton_gpu`, but it needs no compiler and no particular GPU. A unit is taken in slices of
 whole rows, each widened to float64, centred and squared; slices merge left to right (Chan, Golub & LeVeque 1979), so
 no widened copy of more than SLICE_ELEMENTS elements (or one row) exists. `torch.var_mean` would be one call, but takes
-torch's scalar path on the CPU and is slower than the four vectorised passes below.
+torch's scalar path on the CPU and is slower than the four vectorised passes below. Devices without float64 (mps) get
+float32 within a unit; units are merged in float64 on the host all the same.
 
 Traffic: each stored byte is copied once into an aligned slice (the buffer may be read-only or misaligned, torch takes
-neither), which then stays in cache. Checked against kernels.reference, rtol 1e-9.
+neither), which then stays in cache. Chunks whose data is a tensor are reduced on that tensor's device, without a copy
+to the host. Checked against kernels.reference, rtol 1e-9; 1e-5 where float32 is all there is.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmfp.errors import EncodingError
 from llmfp.kernels.reference import Reference, decoded
-from llmfp.marginals import Chunk, Marginals, Moments
+from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
     import torch
 
 SLICE_ELEMENTS = 1 << 16
 """512 KiB as float64: a slice and its centred copy stay in a core's second-level cache."""
+DEVICE_SLICE_ELEMENTS = 1 << 21
+"""16 MiB as float64: on a device the launches are what costs."""
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -55,12 +60,45 @@ def _moments(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return mean.squeeze(dim), (x - mean).square_().sum(dim)
 
 
+def expanded(chunk: Chunk, device: str) -> torch.Tensor:
+    """The chunk's elements times its weights as float32 [rows, cols], on its tensor's device, else on `device`.
+
+    NaN where they are not finite. Codes and adapters are made numbers of on the host. Checked against the reference's
+    `expand`."""
+    import torch
+
+    if chunk.coding is not None or chunk.low_rank is not None:
+        chunk = decoded(on_host(chunk), "F32")
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chunk.dtype])
+    shape, stride = (chunk.rows, chunk.cols * dtype.itemsize), (chunk.row_stride_bytes, 1)
+    if isinstance(chunk.data, Buffer):
+        stored = np.ndarray(shape, np.uint8, buffer=chunk.data, offset=chunk.offset_bytes, strides=stride)
+        values = torch.from_numpy(stored.copy()).to(device)
+    else:
+        values = chunk.data.as_strided(shape, stride, chunk.offset_bytes).clone(memory_format=torch.contiguous_format)
+    values = values.view(dtype)
+    values = values if dtype.itemsize == 8 else values.to(torch.float32)
+    for weight, across in ((chunk.col_weight, (1, -1)), (chunk.row_weight, (-1, 1))):
+        if weight is not None:
+            gain = torch.from_numpy(np.frombuffer(weight, np.float32).reshape(across).copy())
+            values = values * gain.to(values.device)
+    single = values.to(torch.float32)
+    return torch.where(single.isfinite(), single, torch.nan)
+
+
+def on_host(chunk: Chunk) -> Chunk:
+    """The chunk with its bytes in host memory, for what only NumPy can do: codes, adapters."""
+    if isinstance(chunk.data, Buffer):
+        return chunk
+    return replace(chunk, data=chunk.data.cpu().numpy().data)
+
+
 def _bytes(parts: list[torch.Tensor], good: list[torch.Tensor]) -> bytes:
     """The parts end to end as little-endian float64, NaN (0x7ff8...) where `good` is false."""
     import torch
 
     values = torch.where(torch.cat(good), torch.cat(parts), torch.nan)
-    packed: bytes = values.cpu().numpy().tobytes()
+    packed: bytes = values.cpu().to(torch.float64).numpy().tobytes()
     return packed
 
 
@@ -72,6 +110,7 @@ class TorchFallback(Reference):
     library_bytes = 200 << 20
     scratch_per_element = 4
     scratch_per_code = 104
+    takes_tensors = True
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = device
@@ -79,13 +118,10 @@ class TorchFallback(Reference):
     def why_unavailable(self) -> str | None:
         if importlib.util.find_spec("torch") is None:
             return "torch is not installed"
-        kind = self.device.partition(":")[0]
-        if kind == "mps":
-            return "device mps has no float64"
         try:
             import torch
 
-            torch.zeros(1, dtype=torch.float64, device=self.device)
+            torch.zeros(1, dtype=self._real(torch.device(self.device)), device=self.device)
         except Exception as error:
             # torch reports a missing device, driver or library by half a dozen exception types
             return f"torch cannot use device {self.device} ({type(error).__name__})"
@@ -93,6 +129,12 @@ class TorchFallback(Reference):
 
     def describe(self) -> str:
         return f"torch {self.device}"
+
+    def _real(self, device: torch.device) -> torch.dtype:
+        """What a device accumulates in."""
+        import torch
+
+        return torch.float32 if device.type == "mps" else torch.float64
 
     def versions(self) -> dict[str, str]:
         import torch
@@ -102,22 +144,29 @@ class TorchFallback(Reference):
     def marginals(self, chunk: Chunk) -> Marginals:
         import torch
 
-        chunk = decoded(chunk)
+        if chunk.coding is not None or chunk.low_rank is not None:
+            chunk = decoded(on_host(chunk), "F32" if self._real(torch.device(self.device)).itemsize == 4 else "F64")
         if chunk.dtype not in _TORCH_NAMES:
             raise EncodingError(f"dtype {chunk.dtype} is not supported by back end {self.name}")
         dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chunk.dtype])
-        stored = np.ndarray(
-            (chunk.rows, chunk.cols * dtype.itemsize),
-            np.uint8,
-            buffer=chunk.data,
-            offset=chunk.offset_bytes,
-            strides=(chunk.row_stride_bytes, 1),
-        )
+        device = torch.device(self.device) if isinstance(chunk.data, Buffer) else chunk.data.device
+        real = self._real(device)
+        row_bytes = chunk.cols * dtype.itemsize
+        stored: Any
+        if isinstance(chunk.data, Buffer):
+            stored = np.ndarray(
+                (chunk.rows, row_bytes),
+                np.uint8,
+                buffer=chunk.data,
+                offset=chunk.offset_bytes,
+                strides=(chunk.row_stride_bytes, 1),
+            )
+        else:
+            stored = chunk.data.as_strided((chunk.rows, row_bytes), (chunk.row_stride_bytes, 1), chunk.offset_bytes)
         gain = None
         for buffer, shape in ((chunk.col_weight, (1, -1)), (chunk.row_weight, (-1, 1))):
             if buffer is not None:
-                gain = torch.from_numpy(np.frombuffer(buffer, np.float32).reshape(shape).astype(np.float64))
-                gain = gain.to(self.device)
+                gain = torch.from_numpy(np.frombuffer(buffer, np.float32).reshape(shape).copy()).to(device, real)
 
         row: list[tuple[torch.Tensor, torch.Tensor]] = []
         weighted_row: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -127,20 +176,22 @@ class TorchFallback(Reference):
         weighted_col: list[_Columns] = []
         cross: list[torch.Tensor] = []
         abs_max, nonfinite = 0.0, 0
-        slice_rows = max(1, SLICE_ELEMENTS // max(chunk.cols, 1))
+        slice_elements = SLICE_ELEMENTS if device.type == "cpu" else DEVICE_SLICE_ELEMENTS
+        slice_rows = max(1, slice_elements // max(chunk.cols, 1))
 
         for unit in range(0, chunk.rows, chunk.unit_rows):
             unit_stop = min(unit + chunk.unit_rows, chunk.rows)
             col.append(_Columns())
             weighted_col.append(_Columns())
-            cross.append(torch.zeros(chunk.cols, dtype=torch.float64, device=self.device))
-            good_col.append(torch.ones(chunk.cols, dtype=torch.bool, device=self.device))
+            cross.append(torch.zeros(chunk.cols, dtype=real, device=device))
+            good_col.append(torch.ones(chunk.cols, dtype=torch.bool, device=device))
             for start in range(unit, unit_stop, slice_rows):
                 stop = min(start + slice_rows, unit_stop)
-                slice_bytes = torch.from_numpy(stored[start:stop].copy())
-                x = slice_bytes.view(dtype).to(self.device).to(torch.float64)
+                here = stored[start:stop]
+                here = torch.from_numpy(here.copy()) if isinstance(here, np.ndarray) else here.clone()
+                x = here.contiguous().view(dtype).to(device).to(real)
                 largest = float(x.abs().max()) if x.numel() else 0.0
-                good_row.append(torch.ones(stop - start, dtype=torch.bool, device=self.device))
+                good_row.append(torch.ones(stop - start, dtype=torch.bool, device=device))
                 if not math.isfinite(largest):
                     # max() hands on NaN and infinity, so only a slice that holds one pays for looking at each element.
                     finite = x.isfinite()

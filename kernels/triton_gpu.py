@@ -2,8 +2,8 @@
 
 The host writes two tables, units (where, how large, which weight) and tiles (which unit, which part of it), uploads
 them, and launches the kernels of `triton_marginals` once per kind of matrix present (stored dtype, alignment, which
-axis is weighted): two kinds for a usual model. Chunks are packed into one aligned buffer on the way to the device;
-`reduce` takes matrices that are already there by their addresses.
+axis is weighted): two kinds for a usual model. Chunks in host memory are packed into one aligned buffer on the way to
+the device; those whose data is a tensor there are reduced where they lie, as are matrices given to `reduce`.
 
 Tiles sum in float32 around a shift; merging is float64. Where a row's or column's float32 sums could not give 1e-6
 (see merge_partials), its unit is reduced again in float64 by exact_tiles, which is also how F64 is reduced.
@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 
 from llmfp.errors import BackendError, EncodingError
 from llmfp.kernels.reference import Reference, decoded
-from llmfp.marginals import Chunk, Marginals, Moments
+from llmfp.kernels.torch_fallback import on_host
+from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
     import torch
@@ -208,6 +210,10 @@ class TritonGpu(Reference):
     library_bytes = 300 << 20
     scratch_per_element = 10
     scratch_per_code = 104
+    takes_tensors = True
+
+    def __init__(self, device: str = "cuda") -> None:
+        self._device = device
 
     def why_unavailable(self) -> str | None:
         for library in ("torch", "triton"):
@@ -224,6 +230,16 @@ class TritonGpu(Reference):
             return f"torch cannot be used ({type(error).__name__})"
         return None if found else "no GPU that Triton supports (TRITON_INTERPRET=1 runs it on the CPU, slowly)"
 
+    def why_broken(self) -> str | None:
+        """Why a GPU that is there cannot compute, found out by trying: an old card or driver, no compiler."""
+        try:
+            self.marginals(Chunk(bytes(64), "BF16", 1, 32, 0, 64, 32))
+        except Exception as error:
+            # Triton, its compiler, the driver and torch report this by a dozen exception types
+            reason = str(error).strip().partition("\n")[0]
+            return f"Triton cannot run on it ({type(error).__name__}: {reason[:200]})"
+        return None
+
     @property
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs the kernels. Triton reads the variable when a kernel is defined."""
@@ -231,12 +247,12 @@ class TritonGpu(Reference):
 
     @property
     def device(self) -> str:
-        return "cpu" if self.interpreted else "cuda"
+        return "cpu" if self.interpreted else self._device
 
     def describe(self) -> str:
         import torch
 
-        return "triton interpreter" if self.interpreted else f"triton {torch.cuda.get_device_name()}"
+        return "triton interpreter" if self.interpreted else f"triton {torch.cuda.get_device_name(self.device)}"
 
     def versions(self) -> dict[str, str]:
         import torch
@@ -253,57 +269,81 @@ class TritonGpu(Reference):
         merged folds each chunk's columns on the device, so that [1, C] instead of [U, C] come back: at a GPU's
         bandwidth the unmerged columns (3 % of the bytes of bf16) would take longer than the reduction.
         """
-        buffer, matrices = self._upload([decoded(chunk, "F32") for chunk in chunks])
+        plain = [chunk if _is_plain(chunk) else decoded(on_host(chunk), "F32") for chunk in chunks]
+        here = {index: chunk.data for index, chunk in enumerate(plain) if not isinstance(chunk.data, Buffer)}
+        devices = {str(data.device) for data in here.values()}
+        if len(devices) > 1:
+            raise BackendError(f"{self.name} cannot reduce chunks on {' and '.join(sorted(devices))} in one launch")
+        device = next(iter(devices), self.device)
+        if device.partition(":")[0] != self.device.partition(":")[0]:  # weights that were offloaded to the host
+            device = self.device
+            here = {index: data.to(device) for index, data in here.items()}
+        buffer, matrices = self._upload(plain, here, device)
         try:
-            return self.reduce(matrices, merged)
+            return self.reduce(matrices, merged, device)
         finally:
-            del buffer
+            del buffer, here
 
-    def _upload(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, list[Matrix]]:
-        """All chunks and weights packed into one buffer on the device (rows tightly, tensors on 256 bytes)."""
+    def _upload(
+        self, chunks: Sequence[Chunk], here: Mapping[int, torch.Tensor], device: str
+    ) -> tuple[torch.Tensor, list[Matrix]]:
+        """All chunks and weights packed into one buffer on the device (rows tightly, tensors on 256 bytes).
+
+        here: by its number, the data of every chunk that is there already, of which only weights are packed.
+        """
         import torch
 
         pieces: list[NDArray[np.uint8]] = []
-        for chunk in chunks:
+        for index, chunk in enumerate(chunks):
             if chunk.dtype not in ITEMSIZES:
                 raise EncodingError(f"dtype {chunk.dtype} is not supported by back end {self.name}")
-            pieces.append(
-                np.ndarray(
-                    (chunk.rows, chunk.cols * ITEMSIZES[chunk.dtype]),
-                    np.uint8,
-                    buffer=chunk.data,
-                    offset=chunk.offset_bytes,
-                    strides=(chunk.row_stride_bytes, 1),
+            if index not in here:
+                pieces.append(
+                    np.ndarray(
+                        (chunk.rows, chunk.cols * ITEMSIZES[chunk.dtype]),
+                        np.uint8,
+                        buffer=chunk.host_data,
+                        offset=chunk.offset_bytes,
+                        strides=(chunk.row_stride_bytes, 1),
+                    )
                 )
-            )
             pieces += [np.frombuffer(w, np.uint8) for w in (chunk.col_weight, chunk.row_weight) if w is not None]
         starts = np.cumsum([0] + [-(-piece.size // 256) * 256 for piece in pieces])
-        staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=self.device == "cuda")
+        staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
         host = staging.numpy()
         for start, piece in zip(starts[:-1], pieces, strict=True):
             host[start : start + piece.size].reshape(piece.shape)[...] = piece
-        buffer = staging.to(self.device)
+        buffer = staging.to(device)
 
         # In the order in which they were packed: each chunk's elements, then its weight.
         addresses = iter(buffer.data_ptr() + int(start) for start in starts[:-1])
         matrices = [
             Matrix(
-                address=next(addresses),
+                address=here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses),
                 dtype=chunk.dtype,
                 rows=chunk.rows,
                 cols=chunk.cols,
-                row_stride_bytes=chunk.cols * ITEMSIZES[chunk.dtype],
+                row_stride_bytes=chunk.row_stride_bytes if index in here else chunk.cols * ITEMSIZES[chunk.dtype],
                 unit_rows=chunk.unit_rows,
                 col_weight=0 if chunk.col_weight is None else next(addresses),
                 row_weight=0 if chunk.row_weight is None else next(addresses),
                 cross=chunk.cross,
             )
-            for chunk in chunks
+            for index, chunk in enumerate(chunks)
         ]
         return buffer, matrices
 
-    def reduce(self, matrices: Sequence[Matrix], merged: bool = False) -> list[Marginals]:
-        """Statistics of matrices in device memory. Raises EncodingError for a dtype this GPU cannot convert."""
+    def reduce(self, matrices: Sequence[Matrix], merged: bool = False, device: str | None = None) -> list[Marginals]:
+        """Statistics of matrices in the memory of one device, this back end's own where none is named.
+
+        Raises EncodingError for a dtype this GPU cannot convert."""
+        import torch
+
+        device = device or self.device
+        with torch.cuda.device(device) if device.startswith("cuda") else nullcontext():
+            return self._reduce(matrices, merged, device)
+
+    def _reduce(self, matrices: Sequence[Matrix], merged: bool, device: str) -> list[Marginals]:
         results: dict[int, Marginals] = {}
         kinds: dict[tuple[str, bool, bool, bool], list[int]] = {}
         for index, m in enumerate(matrices):
@@ -311,7 +351,7 @@ class TritonGpu(Reference):
             kinds.setdefault(m.kind, []).append(index)
         for members in kinds.values():
             group = [matrices[i] for i in members]
-            for index, m, sums in zip(members, group, self._certain(group, merged), strict=True):
+            for index, m, sums in zip(members, group, self._certain(group, merged, device), strict=True):
                 results[index] = _marginals(m, sums)
         return [results[i] for i in range(len(matrices))]
 
@@ -328,10 +368,10 @@ class TritonGpu(Reference):
             if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 9):
                 raise EncodingError(f"dtype {m.dtype} needs compute capability 8.9 on back end {self.name}")
 
-    def _certain(self, group: list[Matrix], merged: bool) -> list[_Sums]:
+    def _certain(self, group: list[Matrix], merged: bool, device: str) -> list[_Sums]:
         """Sums of matrices of one kind; the units that float32 cannot do to 1e-6 reduced again in float64."""
         exact = group[0].dtype == "F64"
-        sums = self._sums(group, merged, exact)
+        sums = self._sums(group, merged, exact, device)
         if exact:
             return sums
         again: list[Matrix] = []
@@ -346,7 +386,7 @@ class TritonGpu(Reference):
                 places += [(index, u) for u in units]
         if not again:
             return sums
-        for (index, unit), better in zip(places, self._sums(again, merged, exact=True), strict=True):
+        for (index, unit), better in zip(places, self._sums(again, merged, True, device), strict=True):
             if unit < 0:
                 sums[index] = better
                 continue
@@ -358,7 +398,7 @@ class TritonGpu(Reference):
                 s.cross[unit] = better.cross[0]
         return sums
 
-    def _sums(self, group: list[Matrix], merged: bool, exact: bool) -> list[_Sums]:
+    def _sums(self, group: list[Matrix], merged: bool, exact: bool, device: str) -> list[_Sums]:
         """One launch of each kernel over matrices of one kind, and what came of each matrix."""
         import torch
 
@@ -370,14 +410,14 @@ class TritonGpu(Reference):
         blocks = _pairs([-(-job[2] // MERGE_BLOCK) for job in table.jobs])
 
         def on_device(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device)
+            return torch.from_numpy(array).to(device)
 
         acc = torch.float64 if exact else torch.float32
         units = on_device(np.array(table.units, np.int64))
-        partials = torch.empty(planes * table.plane, dtype=acc, device=self.device)
-        tile_stats = torch.empty((len(tiles), 4), dtype=acc, device=self.device)
-        merged_sums = torch.empty((planes, table.merged_plane), dtype=torch.float64, device=self.device)
-        doubts = torch.empty(len(blocks), dtype=torch.int32, device=self.device)
+        partials = torch.empty(planes * table.plane, dtype=acc, device=device)
+        tile_stats = torch.empty((len(tiles), 4), dtype=acc, device=device)
+        merged_sums = torch.empty((planes, table.merged_plane), dtype=torch.float64, device=device)
+        doubts = torch.empty(len(blocks), dtype=torch.int32, device=device)
         kernel = kernels.exact_tiles if exact else kernels.marginal_tiles
         self._launch(kernel, len(tiles), units, on_device(tiles), partials, tile_stats, table.plane, **options)
         self._launch(
@@ -398,7 +438,7 @@ class TritonGpu(Reference):
         cross = None
         if any(m.cross for m in group):
             means = merged_sums[2 if group[0].col_weight else 0]
-            crosses = torch.empty(table.cross_size, dtype=torch.float64, device=self.device)
+            crosses = torch.empty(table.cross_size, dtype=torch.float64, device=device)
             strips = _pairs(table.strip_counts)
             wanted = np.repeat([m.cross for m in group], np.diff([*table.first_unit, len(table.units)]))
             strips = np.ascontiguousarray(strips[wanted[strips[:, 0]]])
@@ -446,6 +486,10 @@ class TritonGpu(Reference):
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    return chunk.coding is None and chunk.low_rank is None
 
 
 def _marginals(m: Matrix, sums: _Sums) -> Marginals:

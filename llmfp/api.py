@@ -5,32 +5,41 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from llmfp import __version__, engine
 from llmfp import fingerprint as fingerprints
 from llmfp.architecture import AttentionMap, match
 from llmfp.checkpoint import Checkpoint, open_checkpoint
 from llmfp.checkpoint.adapter import is_adapter, open_adapted
+from llmfp.checkpoint.live import open_live
 from llmfp.errors import CheckpointError, LlmfpError
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.hub.source import looks_remote
 from llmfp.kernels import Backend, select
-from llmfp.plan import DEFAULT_MEMORY, Plan, make_plan
+from llmfp.kernels import on as backend_on
+from llmfp.plan import DEFAULT_DEVICE_MEMORY, DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
 from llmfp.sample import CONFIDENCE
 
 if TYPE_CHECKING:
+    import torch
+
     from llmfp.evidence.comparison import Comparison
     from llmfp.hub.client import Client
 
+Source: TypeAlias = "str | os.PathLike[str] | torch.nn.Module | Mapping[str, torch.Tensor]"
+"""What can be scanned: a path, or a model that is loaded already."""
+_Opened: TypeAlias = tuple[Checkpoint, AttentionMap, Backend, Reader]
+
 
 def scan(
-    source: str | os.PathLike[str],
+    source: Source,
     *,
+    config: Mapping[str, Any] | None = None,
     base: str | os.PathLike[str] | None = None,
     tower: str | None = None,
     backend: str = "auto",
@@ -40,12 +49,17 @@ def scan(
     deep: bool = False,
     sample: float | None = None,
     client: Client | None = None,
+    device: str = "cpu",
+    device_memory_bytes: int = DEFAULT_DEVICE_MEMORY,
     planned: Callable[[Plan], None] | None = None,
     progress: engine.Progress | None = None,
 ) -> Fingerprint:
     """The fingerprint of a checkpoint: a directory, a weight file, or a saved fingerprint, which is loaded; or a model
     of the Hub (ORG/NAME, ORG/NAME@REVISION, hf://…) or the address of a weight file, read where it is.
 
+    A live torch.nn.Module, or its state dict, is read where it is, on whatever device, without a copy.
+
+    config        what config.json would say of a state dict; a model has its own
     base          the model below `source`, which is an adapter: the result is that of the two merged
     tower         decoder, encoder, cross or vision alone; the language model's towers when None
     backend       auto, native_cpu, torch_fallback, triton_gpu or reference
@@ -55,24 +69,122 @@ def scan(
     deep          also look at what heads compute (llmfp.circuits), which comparisons ask for and plain σ does not
     sample        the share of every tensor's rows to read, 0.1 for example; σ then has an interval (llmfp.sample)
     client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
+    device        what reduces the weights of files: cpu; cuda (all GPUs), cuda:N, mps; or auto, by rates measured here
+    device_memory_bytes   bound on memory of each device
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
     Raises LlmfpError (CheckpointError, ArchitectureError, EncodingError, PlanError, BackendError), one line each.
     """
+    start = time.perf_counter()
+    planning: dict[str, Any] = {"threads": threads, "memory_bytes": memory_bytes, "deep": deep, "sample": sample}
+    if not isinstance(source, str | os.PathLike):
+        return _scan_live(source, config, tower, backend, planning, planned, progress, start)
     path = Path(source)
     if fingerprints.is_fingerprint(path) and not looks_remote(source):
         return fingerprints.load(path)
-    start = time.perf_counter()
-    checkpoint, attention, chosen, opened = _open(source, base, tower, backend, reader, client)
+    reading: dict[str, Any] = {"base": base, "tower": tower, "backend": backend, "reader": reader, "client": client}
+    why = None
+    if device == "auto":
+        device, why = _choose_device(source, reading, planning)
+    if device == "cpu":
+        return _run(_open(source, **reading), planning, planned, progress, start, why=why)
+    return _scan_on(device, why, device_memory_bytes, source, reading, planning, planned, progress, start)
+
+
+def _run(
+    opened: _Opened,
+    planning: Mapping[str, Any],
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+    start: float,
+    device: str = "cpu",
+    why: str | None = None,
+) -> Fingerprint:
+    """Plans, reads and reduces what was opened, and closes it."""
+    checkpoint, attention, chosen, reader = opened
     try:
-        plan_ = _plan(checkpoint, attention, chosen, opened, threads, memory_bytes, deep, sample)
+        plan_ = _plan(checkpoint, attention, chosen, reader, **planning)
         if planned is not None:
             planned(plan_)
-        result = engine.run(plan_, chosen, opened, progress)
+        result = engine.run(plan_, chosen, reader, progress)
     finally:
-        opened.close()
-    return _fingerprint(plan_, result, chosen, opened, time.perf_counter() - start)
+        reader.close()
+    fingerprint = _fingerprint(plan_, result, chosen, reader, time.perf_counter() - start)
+    return replace(fingerprint, run={**fingerprint.run, "device": device, "device_why": why})
+
+
+def _scan_live(
+    source: torch.nn.Module | Mapping[str, torch.Tensor],
+    config: Mapping[str, Any] | None,
+    tower: str | None,
+    backend: str,
+    planning: Mapping[str, Any],
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+    start: float,
+) -> Fingerprint:
+    from llmfp import device as devices
+    from llmfp.reader.tensor_reader import TensorReader, attention_tensors
+
+    checkpoint: Checkpoint
+    checkpoint = live = open_live(source, config)
+    attention = match(checkpoint, tower)
+    places = sorted({str(tensor.device) for tensor in attention_tensors(live, attention)})
+    if elsewhere := [place for place in places if place != "cpu"]:
+        chosen, note = backend_on(elsewhere[0], backend)
+        checkpoint = replace(checkpoint, caveats=(note,) if note else ())
+    else:
+        chosen = select(backend)
+    opened = checkpoint, attention, chosen, TensorReader(live, attention, chosen)
+    try:
+        return _run(opened, planning, planned, progress, start, device=", ".join(places))
+    except RuntimeError as error:
+        if not elsewhere:
+            raise
+        raise devices.as_error(", ".join(elsewhere), error) from error
+
+
+def _choose_device(source: str | os.PathLike[str], reading: Mapping[str, Any], planning: Any) -> tuple[str, str]:
+    from llmfp import device as devices
+
+    checkpoint, attention, chosen, opened = _open(source, **reading)
+    opened.close()
+    choice = devices.choose(_plan(checkpoint, attention, chosen, opened, **planning))
+    return choice.device, choice.why
+
+
+def _scan_on(
+    device: str,
+    why: str | None,
+    device_memory_bytes: int,
+    source: str | os.PathLike[str],
+    reading: Mapping[str, Any],
+    planning: Mapping[str, Any],
+    planned: Callable[[Plan], None] | None,
+    progress: engine.Progress | None,
+    start: float,
+) -> Fingerprint:
+    """A scan whose weights are reduced on a device; with smaller buffers where its memory turns out not to do."""
+    from llmfp import device as devices
+    from llmfp.reader.staging import StagedReader
+
+    names = devices.named(device)
+    chosen, note = backend_on(names[0], reading["backend"])
+    notes = [note] if note else []
+    wanted = size = devices.slot_bytes(chosen, len(names), planning["memory_bytes"], device_memory_bytes)
+    while True:
+        checkpoint, attention, _, files = _open(source, **{**reading, "backend": chosen})
+        try:
+            reader = StagedReader(files, [devices.TorchLink(name) for name in names], size)
+            opened = replace(checkpoint, caveats=(*checkpoint.caveats, *notes)), attention, chosen, reader
+            return _run(opened, planning, planned, progress, start, device=", ".join(names), why=why)
+        except RuntimeError as error:
+            if not devices.is_out_of_memory(error) or size <= devices.SMALLEST_SLOT:
+                raise devices.as_error(device, error) from error
+            size = max(devices.SMALLEST_SLOT, size // 2 >> 20 << 20)
+            smaller = f"buffers of {size >> 20} MiB, not {wanted >> 20}: device {device} ran out of memory"
+            notes = [*notes[: bool(note)], smaller]
 
 
 def plan(
@@ -138,12 +250,12 @@ def _open(
     source: str | os.PathLike[str],
     base: str | os.PathLike[str] | None,
     tower: str | None,
-    backend: str,
+    backend: str | Backend,
     reader: str,
     client: Client | None,
     *,
     probe: bool = True,
-) -> tuple[Checkpoint, AttentionMap, Backend, Reader]:
+) -> _Opened:
     path, own = Path(source), None
     if looks_remote(source):
         from llmfp.hub.client import Client
@@ -163,7 +275,7 @@ def _open(
         checkpoint = open_checkpoint(path)
     try:
         attention = match(checkpoint, tower)
-        chosen = select(backend)
+        chosen = select(backend) if isinstance(backend, str) else backend
         return (
             checkpoint,
             attention,
@@ -194,7 +306,7 @@ def _plan(
         checkpoint,
         attention,
         backend,
-        threads=threads,
+        threads=threads if reader.max_threads is None else min(threads or reader.max_threads, reader.max_threads),
         min_threads=reader.min_threads,
         step_bytes=reader.step_bytes,
         extra_bytes=reader.extra_bytes,

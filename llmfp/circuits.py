@@ -304,7 +304,7 @@ class LayerGrams:
                 if values is None:
                     continue
                 if self.heads.projections[role].centred:
-                    values = values - values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+                    values = self._centre(values)
                 part.products[head] = _product(values, values)
                 if self._cross is not None and rows == self._cross.queries:
                     key = head // self._cross.group
@@ -322,7 +322,7 @@ class LayerGrams:
         if stop - first == rows.size:
             return self._expand(chunk, first - row, rows.size)
         with self._lock:
-            cut = self._cut.setdefault((rows, head), _CutHead(np.empty((rows.size, chunk.cols), np.float32)))
+            cut = self._cut.setdefault((rows, head), _CutHead(self._empty(rows.size, chunk.cols, chunk)))
         self._expand(chunk, first - row, stop - first, cut.values[first - start : stop - start])
         with self._lock:
             cut.rows += stop - first
@@ -335,14 +335,14 @@ class LayerGrams:
             count = min(chunk.unit_rows, chunk.rows - first)
             values = self._expand(chunk, first, count)
             for rows, mine in shares.items():
-                heads, crossed, sums = _by_head(values, rows), None, None
+                heads, crossed, sums = self._by_head(values, rows), None, None
                 if cross is not None and rows == cross.queries:
                     beside = chunks.get(at := cross.keys.role)
                     keys = self._expand(beside, first, count) if beside else self._key_rows(at, row + first, count)
-                    crossed = _head_products(heads, _by_head(keys, cross.keys))
+                    crossed = self._head_products(heads, self._by_head(keys, cross.keys))
                 if self._parts[rows].centred:
-                    sums = _by_head(values.sum(axis=0, dtype=np.float64, keepdims=True), rows)[:, :, 0]
-                mine.append((_head_products(heads, heads), sums, crossed))
+                    sums = _by_head(self._sum_rows(values), rows)[:, :, 0]
+                mine.append((self._head_products(heads, heads), sums, crossed))
         with self._lock:
             for rows, mine in shares.items():
                 part = self._parts[rows]
@@ -356,31 +356,71 @@ class LayerGrams:
     def _key_rows(self, role: Role, first: int, rows: int) -> Float32:
         """Stored rows [first, first + rows) of K's projection, expanded and, where heads run along them, centred."""
         k = self.heads.projections[role]
-        values = np.empty((rows, k.view.cols), np.float32)
+        values = self._empty(rows, k.view.cols, self._kept[0][1])
         for start, chunk in self._kept:
             begin, stop = max(first, start), min(first + rows, start + chunk.rows)
             if begin < stop:
                 self._expand(chunk, begin - start, stop - begin, values[begin - first : stop - first])
         if k.centred and not k.residual_is_stored_rows:
-            values -= values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+            values = self._centre(values)
         return values
+
+    # What differs where matrices lie on a device (llmfp.device_circuits).
+
+    def _empty(self, rows: int, cols: int, _like: Chunk) -> Float32:
+        """Room for expanded rows, where the chunk's are expanded."""
+        return np.empty((rows, cols), np.float32)
+
+    def _centre(self, values: Float32) -> Float32:
+        """Rows less their means."""
+        centred: Float32 = values - values.mean(axis=1, keepdims=True, dtype=np.float64).astype(np.float32)
+        return centred
+
+    def _sum_rows(self, values: Float32) -> Float64:
+        total: Float64 = values.sum(axis=0, dtype=np.float64, keepdims=True)
+        return total
+
+    def _by_head(self, values: Float32, rows: HeadRows) -> Float32:
+        heads: Float32 = _by_head(values, rows)
+        return heads
+
+    def _head_products(self, x: Float32, y: Float32) -> Float32:
+        return _head_products(x, y)
 
     def _expand(self, chunk: Chunk, first: int, rows: int, out: Float32 | None = None) -> Float32:
         """Rows of a chunk as float32, times its weights."""
-        out = np.empty((rows, chunk.cols), np.float32) if out is None else out
+        out = self._empty(rows, chunk.cols, chunk) if out is None else out
         if chunk.coding is not None and chunk.coding.packing == "down" and (before := first % 32):
             out[:] = self._expand(chunk, first - before, before + rows)[before:]  # codes that come 32 rows at a time
             return out
-        weight = chunk.row_weight
-        part = replace(
-            chunk,
-            rows=rows,
-            offset_bytes=chunk.offset_bytes + first_stored_row(chunk, first) * chunk.row_stride_bytes,
-            first_row=chunk.first_row + first,
-            row_weight=None if weight is None else memoryview(weight).cast("B")[4 * first : 4 * (first + rows)],
-        )
-        self._backend.expand(part, out.data.cast("B"))
+        self._expand_into(rows_of(chunk, first, rows), out)
         return out
+
+    def _expand_into(self, part: Chunk, out: Float32) -> None:
+        self._backend.expand(part, out.data.cast("B"))
+
+
+def layer_grams(
+    heads: LayerHeads, backend: Backend, steps: Mapping[Role, int], keys_are_here: threading.Event
+) -> LayerGrams:
+    """What gathers one layer's Gram matrices, where the back end's chunks lie."""
+    if backend.takes_tensors:
+        from llmfp.device_circuits import DeviceGrams  # imports torch when it works
+
+        return DeviceGrams(heads, backend, steps, keys_are_here)
+    return LayerGrams(heads, backend, steps, keys_are_here)
+
+
+def rows_of(chunk: Chunk, first: int, rows: int) -> Chunk:
+    """Some of a chunk's rows, as a chunk."""
+    weight = chunk.row_weight
+    return replace(
+        chunk,
+        rows=rows,
+        offset_bytes=chunk.offset_bytes + first_stored_row(chunk, first) * chunk.row_stride_bytes,
+        first_row=chunk.first_row + first,
+        row_weight=None if weight is None else memoryview(weight).cast("B")[4 * first : 4 * (first + rows)],
+    )
 
 
 def first_stored_row(chunk: Chunk, row: int) -> int:

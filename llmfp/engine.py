@@ -28,6 +28,8 @@ from llmfp.reader import Reader
 from llmfp.sample import SAMPLED, Blocks, interval
 
 if TYPE_CHECKING:
+    import torch
+
     from llmfp.circuits import Circuits, LayerGrams
 
 Progress = Callable[[int, int], None]
@@ -237,7 +239,7 @@ class _Scan:
         task: Task,
         projection: Projection,
         step: Step,
-        data: Buffer,
+        data: Buffer | torch.Tensor,
         position: int,
         first: _Pass,
         decoder: _Decoder,
@@ -304,7 +306,7 @@ class _Scan:
                 self._close_circuits(key, grams)
 
     def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
-        from llmfp.circuits import LayerGrams
+        from llmfp.circuits import layer_grams
 
         with self.lock:
             if key not in self._grams:
@@ -316,12 +318,14 @@ class _Scan:
                     for p in task.projections
                     if p.role in heads.projections
                 }
-                self._grams[key] = LayerGrams(heads, self.backend, steps, self._keys_are_here[key])
+                self._grams[key] = layer_grams(heads, self.backend, steps, self._keys_are_here[key])
             return self._grams[key]
 
     def _copied(self, chunk: Chunk, stop: int) -> Chunk:
         """The chunk in a buffer of its own. A mapped file may shrink meanwhile: OSError."""
         start = chunk.offset_bytes
+        if not isinstance(chunk.data, Buffer):
+            return replace(chunk, data=chunk.data[start:stop].clone(), offset_bytes=0)
         kept = bytearray(stop - start)
         if self.backend.guards_mapped_pages:
             from llmfp import _native
@@ -493,7 +497,8 @@ class _Scan:
         step = Step(0, 0, 0, 0, spec.shard, spec.offset_bytes, spec.nbytes, False)
         try:
             data, position = self.reader.read(step)
-            content = bytes(data[position : position + spec.nbytes])
+            piece = data[position : position + spec.nbytes]
+            content = bytes(piece if isinstance(piece, Buffer) else piece.cpu().numpy())
             self.reader.release(step)
         except OSError as error:
             raise self._unreadable(spec, error) from None

@@ -11,6 +11,10 @@ that the native path never has to import NumPy, which alone would cost as much t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 Buffer = bytes | bytearray | memoryview
 
@@ -92,7 +96,8 @@ class LowRank:
 class Chunk:
     """Consecutive whole units of one weight view, in stored orientation, and the buffer that holds them.
 
-    data              bytes-like; element (i, j) starts at byte offset_bytes + i * row_stride_bytes + j * itemsize;
+    data              bytes-like, or, for back ends that take tensors, a flat uint8 tensor;
+                      element (i, j) starts at byte offset_bytes + i * row_stride_bytes + j * itemsize;
                       of coded elements, the row with element (0, 0) starts at offset_bytes
     dtype             safetensors name of the stored dtype: BF16, F16, F32, F64, F8_E4M3, F8_E5M2; "" where `coding`
                       says what the bytes mean
@@ -106,7 +111,7 @@ class Chunk:
     first_row, first_col   where the chunk lies in its tensor: what `coding` and `low_rank` are indexed by
     """
 
-    data: Buffer
+    data: Buffer | torch.Tensor
     dtype: str
     rows: int
     cols: int
@@ -120,6 +125,13 @@ class Chunk:
     low_rank: LowRank | None = None
     first_row: int = 0
     first_col: int = 0
+
+    @property
+    def host_data(self) -> Buffer:
+        """The data, of a chunk that lies in host memory."""
+        if not isinstance(self.data, Buffer):
+            raise TypeError(f"the chunk lies on {self.data.device}")
+        return self.data
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from llmfp.marginals import unit_rows
 from llmfp.sample import Blocks, draw
 
 DEFAULT_MEMORY = 512 << 20
+DEFAULT_DEVICE_MEMORY = 512 << 20
 FIXED_BYTES = 6 << 20
 """Resident growth of a scan that depends on neither shapes nor threads: extension, thread stacks, Python objects."""
 NUMPY_BYTES = 24 << 20

@@ -181,7 +181,7 @@ SCAN_KEYS = {
 }  # fmt: skip
 RUN_KEYS = {
     "backend", "simd", "reader", "seconds", "bytes_read", "bytes_total", "second_read_bytes", "peak_rss_bytes",
-    "threads", "memory_budget_bytes", "versions",
+    "threads", "memory_budget_bytes", "versions", "device", "device_why",
 }  # fmt: skip
 
 

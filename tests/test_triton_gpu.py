@@ -333,6 +333,43 @@ def test_one_launch_serves_many_chunks(backend: triton_gpu.TritonGpu, monkeypatc
         assert_agrees(ours, REFERENCE.marginals(chunk), chunk)
 
 
+def on_the_device(chunk: Chunk) -> Chunk:
+    """The same chunk with its bytes in a tensor, which on a GPU would be there."""
+    torch = pytest.importorskip("torch")
+    return replace(chunk, data=torch.frombuffer(bytearray(chunk.host_data), dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("pad", "offset"), [(0, 0), (16, 32), (8, 8)])
+def test_a_chunk_on_the_device_is_reduced_where_it_lies(
+    backend: triton_gpu.TritonGpu, dtype: str, pad: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of it is packed: only the weights are."""
+    rng = np.random.default_rng(12)
+    chunk = chunk_of(rng.normal(0, 1, (70, 48)), dtype, 32, col_weight=rng.normal(1, 0.1, 48), pad=pad, offset=offset)
+    packed: list[int] = []
+    upload = backend._upload
+
+    def noting(*arguments: Any) -> Any:
+        buffer, matrices = upload(*arguments)
+        packed.append(len(buffer))
+        return buffer, matrices
+
+    monkeypatch.setattr(backend, "_upload", noting)
+    here = backend.marginals(on_the_device(chunk))
+    assert packed[-1] == 256, "the weights alone"
+    assert_agrees(here, REFERENCE.marginals(chunk), chunk)
+
+
+def test_chunks_here_and_there_share_a_launch(backend: triton_gpu.TritonGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = several_chunks()
+    alone = [backend.marginals(chunk) for chunk in chunks]
+    mixed = [on_the_device(chunk) if i % 2 else chunk for i, chunk in enumerate(chunks)]
+    seen = launches(backend, monkeypatch)
+    assert backend.marginals_many(mixed) == alone
+    assert seen.count("marginal_tiles") == 1
+
+
 def test_mixed_kinds_come_back_in_order(backend: triton_gpu.TritonGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches number the kinds, not the chunks; only the one unit that float32 cannot do is reduced again."""
     rng = np.random.default_rng(9)

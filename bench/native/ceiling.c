@@ -4,8 +4,7 @@
  *   ceiling read METHOD THREADS < ranges     ranges: lines "offset bytes path"; prints the sum of all 64-bit words
  *   ceiling launch REPORT COMMAND...         runs COMMAND, writes "seconds peak_rss_bytes status" to REPORT
  *
- * Every byte is read by the same loop, the sum of all 64-bit words: order-free, so any method and thread count must
- * give the same number, and cheap enough (one vector add per load) that memory is what limits it.
+ * Every byte is read by the same loop, that of kernels/native/words.h.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,6 +20,8 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "../../kernels/native/words.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14; older headers lack it */
@@ -47,30 +48,11 @@ struct Job {
     _Atomic uint64_t sum;
 };
 
-/* 64 bytes, loaded from anywhere; GCC and Clang lower it to whatever registers the machine has. */
-typedef uint64_t Vector __attribute__((vector_size(64), aligned(8), may_alias));
-
-/* Four streams of two pages each keep more cache misses in flight than one: 6 % faster on the machines tried. */
-static uint64_t sum_words(const void *data, size_t nbytes) {
-    enum { STREAM = 2 * PAGE, BLOCK = 4 * STREAM };
-    const char *byte = data;
-    Vector sum[4] = {0};
-    size_t done = 0;
-    for (; done + BLOCK <= nbytes; done += BLOCK)
-        for (size_t i = 0; i < STREAM; i += sizeof(Vector))
-            for (int s = 0; s < 4; s++) sum[s] += *(const Vector *)(byte + done + s * STREAM + i);
-    Vector lanes = sum[0] + sum[1] + sum[2] + sum[3];
-    uint64_t total = 0, word;
-    for (int lane = 0; lane < 8; lane++) total += lanes[lane];
-    for (; done + sizeof word <= nbytes; done += sizeof word) total += (memcpy(&word, byte + done, sizeof word), word);
-    return total;
-}
-
 static void fail(const Job *job, int error) { atomic_store(&((Job *)job)->error, error); }
 
 static uint64_t of_memory(const Job *job, const Range *piece, void *buffer) {
     (void)job, (void)buffer;
-    return sum_words(piece->base + piece->offset, piece->nbytes);
+    return llmfp_sum_words(piece->base + piece->offset, piece->nbytes);
 }
 
 /* Pages of the page cache without a copy, mapped in one call per piece, and either kept (fastest, unbounded resident
@@ -78,7 +60,7 @@ static uint64_t of_memory(const Job *job, const Range *piece, void *buffer) {
 static uint64_t populated(const Job *job, const Range *piece, int release) {
     uint64_t start = piece->offset / PAGE * PAGE, nbytes = piece->offset + piece->nbytes - start;
     if (madvise(piece->base + start, nbytes, MADV_POPULATE_READ)) return fail(job, errno), 0;
-    uint64_t sum = sum_words(piece->base + piece->offset, piece->nbytes);
+    uint64_t sum = llmfp_sum_words(piece->base + piece->offset, piece->nbytes);
     if (release) madvise(piece->base + start, nbytes, MADV_DONTNEED);
     return sum;
 }
@@ -105,14 +87,14 @@ static int read_fully(int file, char *buffer, uint64_t nbytes, uint64_t offset, 
 
 static uint64_t of_pread(const Job *job, const Range *piece, void *buffer) {
     int error = read_fully(piece->file, buffer, piece->nbytes, piece->offset, piece->nbytes);
-    return error ? fail(job, error), 0 : sum_words(buffer, piece->nbytes);
+    return error ? fail(job, error), 0 : llmfp_sum_words(buffer, piece->nbytes);
 }
 
 /* O_DIRECT: whole blocks around the piece; only the piece is summed. The last block of a file comes back short. */
 static uint64_t of_direct(const Job *job, const Range *piece, void *buffer) {
     uint64_t start = piece->offset / PAGE * PAGE, used = piece->offset - start + piece->nbytes;
     int error = read_fully(piece->file, buffer, (used + PAGE - 1) / PAGE * PAGE, start, used);
-    return error ? fail(job, error), 0 : sum_words((char *)buffer + (piece->offset - start), piece->nbytes);
+    return error ? fail(job, error), 0 : llmfp_sum_words((char *)buffer + (piece->offset - start), piece->nbytes);
 }
 
 static void *work(void *argument) {

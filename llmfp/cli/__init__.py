@@ -8,7 +8,7 @@ import click
 
 import llmfp
 
-COMMANDS = ("scan", "plan", "show", "compare", "identify", "batch", "registry", "atlas", "attest", "backends")
+COMMANDS = ("scan", "plan", "show", "compare", "identify", "batch", "registry", "atlas", "attest", "backends", "bench")
 
 
 class LazyGroup(click.Group):

@@ -14,6 +14,7 @@ from llmfp.cli.options import (
     SOURCE,
     debug_option,
     deep_option,
+    device_options,
     json_option,
     plain_option,
     reading_options,
@@ -57,6 +58,7 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 @plain_option
 @json_option
 @reading_options
+@device_options
 @verbose_option
 @debug_option
 def command(

@@ -124,3 +124,15 @@ def reading_options(command: Command) -> Command:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+def device_options(command: Command) -> Command:
+    """Where the arithmetic is done."""
+    command = click.option(
+        "--device-memory", "device_memory_bytes", metavar="SIZE", callback=_size, default="512MiB", show_default=True,
+        help="Bound on the memory of each device.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--device", metavar="cpu|cuda[:N]|mps|auto", default="cpu", show_default=True,
+        help="What reduces the weights; auto compares rates measured here.",
+    )(command)  # fmt: skip

@@ -14,6 +14,7 @@ from llmfp.cli.options import (
     check_writable,
     debug_option,
     deep_option,
+    device_options,
     json_option,
     plain_option,
     reading_options,
@@ -34,6 +35,7 @@ from llmfp.report import printable, terminal
 @plain_option
 @json_option
 @reading_options
+@device_options
 @verbose_option
 @debug_option
 def command(

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.checkpoint.live import LiveCheckpoint
 from llmfp.errors import CheckpointError, EncodingError
 from llmfp.marginals import Coding
 
@@ -174,6 +175,8 @@ def read_small(checkpoint: Checkpoint, spec: TensorSpec) -> bytes:
     shard = checkpoint.shards[spec.shard]
     if spec.nbytes > _SMALL_BYTES:
         raise refusal(checkpoint, spec, f"has {spec.nbytes} bytes, over {_SMALL_BYTES}", "fetch the file again")
+    if isinstance(checkpoint, LiveCheckpoint):
+        return checkpoint.read_small(spec)
     try:
         with shard.path.open("rb") as file:
             shard.check_unchanged(os.fstat(file.fileno()))

@@ -19,6 +19,8 @@ from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 
 if TYPE_CHECKING:
+    import torch
+
     from llmfp.hub.client import Client
 
 READERS = ("auto", "mmap", "pread")
@@ -37,11 +39,13 @@ class Reader(Protocol):
     """Least size of a read that a sample is worth."""
     min_threads: int
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
+    max_threads: int | None
+    """The most threads that may read; None for any number."""
 
     def begin(self, plan: Plan) -> None:
         """Says what will be read, before anything is."""
 
-    def read(self, step: Step) -> tuple[Buffer, int]:
+    def read(self, step: Step) -> tuple[Buffer | torch.Tensor, int]:
         """A buffer and the position in it of the step's first byte; valid until this thread's next `read` or `release`.
 
         Raises CheckpointError when the file has changed, OSError when it cannot be read.

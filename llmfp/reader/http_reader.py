@@ -41,6 +41,7 @@ class HttpReader:
     extra_bytes = FETCH_BYTES  # fetched ahead, per thread
     block_bytes = 256 << 10
     min_threads = 4
+    max_threads: int | None = None
 
     def __init__(self, shards: Sequence[Shard], client: Client) -> None:
         self._files = [shard.remote for shard in shards]

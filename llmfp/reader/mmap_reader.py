@@ -26,6 +26,7 @@ class MmapReader:
     extra_bytes = 4 << 20  # 2 MiB mapped along with either end
     block_bytes = 1
     min_threads = 1
+    max_threads: int | None = None
 
     @staticmethod
     def why_unavailable() -> str | None:
@@ -59,6 +60,14 @@ class MmapReader:
             self._local.buffer = buffer = bytearray(step.nbytes)
         _native.copy(mapped, step.offset_bytes, memoryview(buffer)[: step.nbytes])
         return memoryview(buffer)[: step.nbytes], 0
+
+    def read_into(self, step: Step, view: memoryview) -> None:
+        """Copies the step into memory of the caller's, which is just as large. Raises as `read` does."""
+        from llmfp import _native
+
+        mapped = self._mapping(step.shard)
+        _native.populate(mapped, step.offset_bytes, step.nbytes)
+        _native.copy(mapped, step.offset_bytes, view)
 
     def ahead(self, step: Step) -> None:
         """Nothing: mapped files are in the page cache, and a miss is read ahead by the kernel."""

@@ -24,6 +24,7 @@ class PreadReader:
     extra_bytes = 0
     block_bytes = 1
     min_threads = 4
+    max_threads: int | None = None
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
@@ -35,17 +36,21 @@ class PreadReader:
         """Nothing: shards are opened when first read."""
 
     def read(self, step: Step) -> tuple[Buffer, int]:
-        descriptor = self._descriptor(step.shard)
         buffer: bytearray = getattr(self._local, "buffer", bytearray())
         if len(buffer) < step.nbytes:
             self._local.buffer = buffer = bytearray(step.nbytes)
-        view, done = memoryview(buffer)[: step.nbytes], 0
+        view = memoryview(buffer)[: step.nbytes]
+        self.read_into(step, view)
+        return view, 0
+
+    def read_into(self, step: Step, view: memoryview) -> None:
+        """Reads the step into memory of the caller's, which is just as large. Raises as `read` does."""
+        descriptor, done = self._descriptor(step.shard), 0
         while done < step.nbytes:
             got = os.preadv(descriptor, [view[done:]], step.offset_bytes + done)
             if got == 0:
                 raise OSError(errno.EIO, "the file ends before the tensor does")
             done += got
-        return view, 0
 
     def ahead(self, step: Step) -> None:
         if hasattr(os, "posix_fadvise"):
