@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,24 @@ def test_the_map_says_its_numbers_and_zooms(browser: Browser, many: tuple[Path, 
     assert browser.js("return document.getElementById('map').dataset.span") == "32"
     canvas.send_keys("0")
     assert browser.js("return document.getElementById('map').dataset.span") == str(MANY)
+
+
+def test_a_batch_ends_with_the_atlas_where_one_is_asked_for(
+    registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page of `batch --report` is that of `atlas --out`, of the registry as the batch left it."""
+    kept = tmp_path / "kept"
+    shutil.copytree(registry, kept)
+    (tmp_path / "list").write_text(f"{build('llama', layers=6).write(tmp_path / 'newcomer')}\n")
+    page, same = tmp_path / "batch.html", tmp_path / "atlas.html"
+    arguments = ["batch", "--registry", str(kept), "--list", str(tmp_path / "list"), "--report", str(page)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    assert main(["atlas", "--registry", str(kept), "--out", str(same)]) == 0
+    assert page.read_text() == same.read_text()
+    assert "newcomer" in page.read_text()
+    capsys.readouterr()
+    assert main([*arguments[:-1], str(tmp_path / "nowhere" / "x.html")]) == 2
+    assert "--report" in capsys.readouterr().err
 
 
 def test_usage(registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from llmfp.cli.options import check_writable, debug_option, json_option, registry_option
 from llmfp.fingerprint import write_whole
 from llmfp.report import printable
+
+ALPHA, PERMUTATIONS = 1e-3, 100_000
 
 
 @click.command("atlas", short_help="Show a registry's families on one page.")
@@ -21,14 +24,14 @@ from llmfp.report import printable
 @click.option(
     "--alpha",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=1e-3,
+    default=ALPHA,
     show_default=True,
     help="Level of each pair that is tested.",
 )
 @click.option(
     "--permutations",
-    type=click.IntRange(1, 100_000_000),
-    default=100_000,
+    type=click.IntRange(1, 10_000_000),
+    default=PERMUTATIONS,
     show_default=True,
     help="Drawn for each permutation test.",
 )
@@ -43,19 +46,9 @@ def command(registry: str, out: Path | None, alpha: float, permutations: int, as
         raise click.UsageError("name --out FILE.html, or --json")
     if out is not None:
         check_writable(out, "--out")
-    from llmfp.atlas import atlas
-    from llmfp.registry import Registry
-    from llmfp.report import page
-
-    with click.progressbar(length=1, label="testing pairs", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-
-        def advance(_done: int, total: int) -> None:
-            bar.length = total
-            bar.update(1)
-
-        found = atlas(Registry.open(registry), alpha=alpha, permutations=permutations, progress=advance)
+    found = compared(registry, alpha, permutations)
     if out is not None:
-        write_whole(out, page.atlas(found).encode())
+        write_page(found, out)
     if as_json or out is None:
         click.echo(json.dumps(found, allow_nan=False))
         return
@@ -65,3 +58,23 @@ def command(registry: str, out: Path | None, alpha: float, permutations: int, as
         f"{sum(edge['declared'] is not None for edge in found['edges']):,} declared"
     )
     click.echo(f"atlas in {printable(str(out))} ({out.stat().st_size:,} bytes)")
+
+
+def compared(registry: str, alpha: float = ALPHA, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+    """The atlas of a registry, with a bar on a terminal while pairs are tested."""
+    from llmfp.atlas import atlas
+    from llmfp.registry import Registry
+
+    with click.progressbar(length=1, label="testing pairs", file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
+
+        def advance(_done: int, total: int) -> None:
+            bar.length = total
+            bar.update(1)
+
+        return atlas(Registry.open(registry), alpha=alpha, permutations=permutations, progress=advance)
+
+
+def write_page(found: dict[str, Any], out: Path) -> None:
+    from llmfp.report import page
+
+    write_whole(out, page.atlas(found).encode())

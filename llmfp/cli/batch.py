@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from datetime import datetime
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from llmfp.cli.options import debug_option, deep_option, json_option, machine_options, registry_option
+from llmfp.cli.atlas import compared, write_page
+from llmfp.cli.options import check_writable, debug_option, deep_option, json_option, machine_options, registry_option
 from llmfp.report import printable
 
 if TYPE_CHECKING:
@@ -38,6 +40,10 @@ FAILED = 3
     help="Where checkpoints are read: here one after the other, or one task each on a Ray cluster.",
 )  # fmt: skip
 @click.option("--address", help="Of the Ray cluster; default: RAY_ADDRESS, else Ray on this machine.")
+@click.option(
+    "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html",
+    help="Afterwards show the whole registry on one page, as llmfp-fast atlas does.",
+)  # fmt: skip
 @deep_option(True, "Look at what heads compute, which identify ranks and tests by; default: yes.")
 @json_option
 @machine_options
@@ -52,6 +58,7 @@ def command(
     retry_failed: bool,
     executor: str,
     address: str | None,
+    report_file: Path | None,
     as_json: bool,
     **reading: Any,
 ) -> int:
@@ -67,6 +74,8 @@ def command(
         raise click.UsageError("--filter, --limit and --since choose among the models of --org")
     if address is not None and executor != "ray":
         raise click.UsageError("--address is of the Ray cluster: give --executor ray")
+    if report_file is not None:
+        check_writable(report_file, "--report")
     from llmfp.batch.items import from_hub, from_list
     from llmfp.batch.run import run
     from llmfp.registry import Registry
@@ -92,6 +101,8 @@ def command(
         where = _executor(executor, registry, reading, address)
         report = run(chain(items, of_author), opened, where, client=client, retry_failed=retry_failed, tell=tell)
     click.echo(json.dumps(report.to_json(), indent=2) if as_json else batch_table(report))
+    if report_file is not None:
+        write_page(compared(registry), report_file)
     return FAILED if report.of("failed") else 0
 
 
