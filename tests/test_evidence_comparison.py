@@ -105,6 +105,20 @@ def test_rounded_copies_are_related(dtype: str, parent: Fingerprint, scan: Scan,
     assert found.coherence is not None
     assert found.coherence.score > 0.97
     assert found.coherence.layer_map == tuple((n, n) for n in range(12))
+    cautioned = [caveat for caveat in found.caveats if "quantised weights" in caveat]
+    assert len(cautioned) == (dtype not in ("F16", "BF16"))
+    assert all(caveat.startswith(f"{copy.source['name']}: ") for caveat in cautioned)
+
+
+def test_a_copy_with_a_broken_weight_is_the_same_all_the_same(scan: Scan) -> None:
+    """NaN equals nothing, but the same NaN in the same place is the same weights."""
+    broken = initialised(CONFIG, 0)
+    name = next(name for name in broken if name.endswith("k_proj.weight"))
+    broken[name] = broken[name].copy()
+    broken[name][0, 0] = np.nan
+    found = compared(scan(broken), scan(broken, shards=2))
+    assert found.verdict == "related"
+    assert found.decision.rests_on[0] == "digest"
 
 
 def test_a_twin_without_any_variance_is_no_evidence(scan: Scan) -> None:
