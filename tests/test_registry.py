@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -427,30 +427,30 @@ def test_what_is_no_registry_is_left_alone(tmp_path: Path) -> None:
         Registry.open("/dev/null/registry", create=True)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process can grow beyond 4 KiB: what a full disk says, but for the words."""
+    """No file of this process can grow beyond 4 KiB: what a full disk says, but for the words.
+
+    For as short as can be: pytest's own report may go to a file too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("unnamed", [True, False])
 def test_a_full_disk_is_one_line_and_leaves_nothing(
-    tmp_path: Path,
-    fingerprint: Fingerprint,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-    unnamed: bool,
+    tmp_path: Path, fingerprint: Fingerprint, monkeypatch: pytest.MonkeyPatch, unnamed: bool
 ) -> None:
     if not unnamed:
         monkeypatch.delattr("os.O_TMPFILE")
     registry = Registry.open(tmp_path / "registry", create=True)
-    request.getfixturevalue("full_disk")
-    with pytest.raises(RegistryError, match="File too large"):
+    with pytest.raises(RegistryError, match="File too large"), full_disk():
         registry.add([(fingerprint, Origin("org/a", COMMIT))])
     assert [path.name for path in (tmp_path / "registry").rglob("*") if path.is_file()] == ["registry.json"]
 
