@@ -94,9 +94,9 @@ def fingerprint(layers: int, hidden: int, heads: int, kv_heads: int, size: int, 
     def halves(*shape: int) -> bytes:
         return rng.normal(-5, 1, shape).astype(np.float16).tobytes()
 
-    def statistics() -> Statistics:
+    def statistics(role: str) -> Statistics:
         std = float(rng.uniform(0.01, 0.03))
-        head_std = rng.uniform(0.01, 0.03, heads).tobytes()
+        head_std = rng.uniform(0.01, 0.03, heads if role in "qo" else kv_heads).tobytes()
         return Statistics(hidden * hidden, 0.0, std, 5 * std, 0, head_std, halves(hidden))
 
     def circuits() -> Circuits:
@@ -105,7 +105,7 @@ def fingerprint(layers: int, hidden: int, heads: int, kv_heads: int, size: int, 
 
     tower = TowerFingerprint(
         tuple(range(layers)), heads, kv_heads, size, hidden,
-        {role: tuple(statistics() for _ in range(layers)) for role in "qkvo"},
+        {role: tuple(statistics(role) for _ in range(layers)) for role in "qkvo"},
         Rotary(size // 2, False), False, tuple(circuits() for _ in range(layers)),
     )  # fmt: skip
     run = {
