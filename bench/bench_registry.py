@@ -25,7 +25,7 @@ from bench.harness import Benchmark, Comparison, rounds, timed
 from bench.processes import launched, llmfp_fast
 from llmfp.engine import Statistics
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
-from llmfp.registry import Origin, Registry
+from llmfp.registry import Origin, Registry, nearest
 from llmfp.registry.index import Index
 from llmfp.registry.nearest import SKETCH
 from llmfp.registry.store import open_store
@@ -39,10 +39,11 @@ import json, sys
 import numpy as np
 from llmfp.registry import Registry, nearest
 std = json.loads(sys.argv[2])
-table = Registry.open(sys.argv[1]).table(["repo", "std_q", "std_k", "std_v", "std_o", "coherence"])
+table = Registry.open(sys.argv[1]).table(["repo", "std_q", "std_k", "std_v", "std_o", *sys.argv[3:]])
 scores = nearest.pearson(std, table)
 print(table["repo"][int(np.nanargmax(scores))])
 """
+BY_PROFILE, WITH_SKETCHES = "nearest by profile", "nearest by profile, sketches of coherence read too"
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +70,20 @@ def test_whole_programs(registry: tuple[Path, dict[str, Any]], benchmark: Benchm
     some = launched(llmfp_fast("registry", "ls", str(where), row["repo"]), partial(_has, row["repo"]))
     comparison.add("llmfp-fast registry ls REPO", some, nbytes=None, threads=None)
     std = json.dumps({role: row[f"std_{role}"] for role in "qkvo"})
-    look_up = launched([sys.executable, "-c", LOOK_UP, str(where), std], partial(_has, row["repo"]))
-    comparison.add("nearest by profile", look_up, nbytes=None, threads=None)
-    for name in ("llmfp-fast registry ls", "nearest by profile"):
+    for name, more in ((BY_PROFILE, ()), (WITH_SKETCHES, ("coherence",))):
+        look_up = launched([sys.executable, "-c", LOOK_UP, str(where), std, *more], partial(_has, row["repo"]))
+        comparison.add(name, look_up, nbytes=None, threads=None)
+    here = timed(partial(_look_up, where, row), lambda repo: _has(row["repo"], repo))
+    comparison.add("the same look-up, in a process that runs already", here, nbytes=None, threads=None)
+    for name in ("llmfp-fast registry ls", BY_PROFILE, WITH_SKETCHES):
         comparison.within(f"{name}: within 1 GB beyond the imports", name, "python: import pyarrow.parquet, numpy", GIB)
     comparison.run(benchmark, rounds(7))
+
+
+def _look_up(where: Path, row: dict[str, Any]) -> str:
+    table = Registry.open(where).table(["repo", *(f"std_{role}" for role in "qkvo")])
+    scores = nearest.pearson({role: row[f"std_{role}"] for role in "qkvo"}, table)
+    return str(table["repo"][int(np.nanargmax(scores))])
 
 
 def test_changes(registry: tuple[Path, dict[str, Any]], tmp_path: Path, benchmark: Benchmark) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -142,11 +143,18 @@ def _same_gaps(values: Floats, offsets: NDArray[np.int32], rows: Rows, length: i
         yield np.array(members), np.flatnonzero(~np.frombuffer(key, np.bool_))
 
 
+@lru_cache(maxsize=1024)
+def _interpolation(depth: bytes, wanted: bytes) -> Floats:
+    """float64 [depths, wanted]: what takes values at some depths to those at others. Rows of equal depths share it."""
+    at, to = np.frombuffer(depth), np.frombuffer(wanted)
+    return np.stack([np.interp(to, at, unit) for unit in np.eye(len(at))])
+
+
 def _correlations(ours: Curve, theirs: Floats, depth: Floats) -> Floats:
     """float64 [rows]: the longer curve's depths carry the comparison, as in evidence.profile."""
     wanted = ours.depth if len(ours.std) >= len(depth) else depth
     x = np.interp(wanted, ours.depth, ours.std)
-    interpolation = np.stack([np.interp(wanted, depth, unit) for unit in np.eye(len(depth))])
+    interpolation = _interpolation(depth.tobytes(), wanted.tobytes())
     means = interpolation.mean(axis=1, keepdims=True)
     y, level = theirs @ (interpolation - means), np.abs(theirs @ means[:, 0])
     norms = np.sqrt(np.einsum("ij,ij->i", y, y))
