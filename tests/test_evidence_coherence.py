@@ -13,6 +13,7 @@ from llmfp.evidence.alignment import by_chance
 from llmfp.evidence.coherence import (
     LEAST_EXCESS,
     LEAST_LAYERS,
+    LEAST_P,
     MIN_PARAMETRIC,
     STRANGERS,
     Coherence,
@@ -85,8 +86,8 @@ def test_score_z_and_excess_are_their_formulas() -> None:
     mean, deviation = by_chance(12, 12)
     assert found.excess == pytest.approx((found.z - mean) / deviation)
     t = (found.excess - STRANGERS.mean) / (STRANGERS.sd * math.sqrt(1 + 1 / STRANGERS.models))
-    assert found.p_value == pytest.approx(upper_tail(t, STRANGERS.models - 1))
-    assert (found.basis, found.decides, found.nulls, found.smallest_p) == ("approximate", False, 0, 0.0)
+    assert found.p_value == pytest.approx(max(upper_tail(t, STRANGERS.models - 1), LEAST_P))
+    assert (found.basis, found.decides, found.nulls, found.smallest_p) == ("approximate", False, 0, LEAST_P)
     assert found.counts
 
 
@@ -111,14 +112,14 @@ def test_below_what_strangers_can_show_a_prediction_takes_over() -> None:
     null = strangers(rng, MIN_PARAMETRIC)
     a, b = related(rng)
     found = made(rotary_coherence(a, b, null))
-    assert (found.basis, found.decides, found.nulls, found.smallest_p) == ("approximate", True, MIN_PARAMETRIC, 0.0)
+    assert (found.basis, found.decides, found.nulls, found.smallest_p) == ("approximate", True, MIN_PARAMETRIC, LEAST_P)
     predicted = []
     for base in (a, b):
         scores = np.array([made(rotary_coherence(base, other)).excess for other in null])
         assert scores.max() < found.excess
         t = (found.excess - scores.mean()) / (scores.std(ddof=1) * math.sqrt(1 + 1 / MIN_PARAMETRIC))
         predicted.append(upper_tail(t, MIN_PARAMETRIC - 1))
-    assert found.p_value == pytest.approx(max(predicted))
+    assert found.p_value == pytest.approx(max(*predicted, LEAST_P))
     assert found.p_value < 1 / (1 + MIN_PARAMETRIC)
     short = made(rotary_coherence(a, b, null[1:]))
     assert (short.p_value, short.basis, short.smallest_p) == (1 / 20, "conformal", 1 / 20)

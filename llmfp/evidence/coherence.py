@@ -33,6 +33,8 @@ from llmfp.fingerprint import TowerFingerprint
 
 LEAST_LAYERS, LEAST_EXCESS = 8, 5.0
 MIN_PARAMETRIC = 20
+LEAST_P = 1e-6
+"""A tail that was fitted to some thousand pairs of strangers is not followed further: p is no smaller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def rotary_coherence(
         z=found.z,
         excess=found.excess,
         p_value=p_value,
-        smallest_p=1 / (1 + n) if 0 < n < MIN_PARAMETRIC else 0.0,
+        smallest_p=1 / (1 + n) if 0 < n < MIN_PARAMETRIC else LEAST_P,
         basis=basis,
         decides=n > 0,
         nulls=n,
@@ -162,7 +164,7 @@ def _among(excess: float, null: list[float]) -> tuple[float, str]:
     """p among strangers, and its basis: conformal, or below what that can show a t prediction."""
     p = (1 + sum(each >= excess for each in null)) / (1 + len(null))
     if min(null) < max(null) < excess and len(null) >= MIN_PARAMETRIC:
-        predicted = predicted_p(excess, null)
+        predicted = max(predicted_p(excess, null), LEAST_P)
         if predicted < p:
             return predicted, "approximate"
     return p, "conformal"
@@ -170,4 +172,4 @@ def _among(excess: float, null: list[float]) -> tuple[float, str]:
 
 def _among_laboratory(excess: float) -> float:
     t = (excess - STRANGERS.mean) / (STRANGERS.sd * math.sqrt(1 + 1 / STRANGERS.models))
-    return upper_tail(t, STRANGERS.models - 1)
+    return max(upper_tail(t, STRANGERS.models - 1), LEAST_P)
