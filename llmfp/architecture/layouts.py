@@ -14,10 +14,10 @@ from llmfp.architecture.config import HEAD_DIM, HEADS, integer
 from llmfp.architecture.families import Fused, TowerNames
 from llmfp.architecture.specs import ROLES, Role, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.checkpoint.specs import PLAIN_FLOATS
 from llmfp.errors import ArchitectureError
 
 FUSED = "qkv"
-_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 def lay_views(
@@ -138,7 +138,7 @@ def _check_lora(checkpoint: Checkpoint, spec: TensorSpec, names: TowerNames) -> 
     a, b = spec.lora.a, spec.lora.b
     outputs, inputs = reversed(spec.shape) if _in_out(spec, names) else spec.shape
     for factor, size in ((a, a.shape[1] == inputs), (b, b.shape[0] == outputs)):
-        if not size or factor.dtype not in _FLOATS:
+        if not size or factor.dtype not in PLAIN_FLOATS:
             raise ArchitectureError(
                 f"{named(checkpoint, factor)} is {factor.dtype} {list(factor.shape)} and does not fit "
                 f"{spec.name!r}, {outputs} outputs of {inputs} inputs",

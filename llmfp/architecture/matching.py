@@ -42,10 +42,10 @@ from llmfp.architecture.heads import count_heads, head_sizes
 from llmfp.architecture.layouts import FUSED, latent_sizes, lay_bias, lay_views, named
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
+from llmfp.checkpoint.specs import PLAIN_FLOATS
 from llmfp.encoding import alone, encoded, weight_name
 from llmfp.errors import ArchitectureError, EncodingError
 
-_FLOATS = ("BF16", "F16", "F32", "F64")
 _CLOSEST = 6
 _LEFT_OUT = {DRAFT: "multi-token prediction, not a decoder layer", LINEAR: "linear attention"}
 _DRAFT_NAME = re.compile(r"(^|\.)mtp")
@@ -307,7 +307,7 @@ def _bias_vectors(
         if role not in views or bias is None:
             continue
         view = lay_bias(views[role], bias)
-        if view is None or bias.dtype not in _FLOATS:
+        if view is None or bias.dtype not in PLAIN_FLOATS:
             caveats.append(f"bias {bias.name!r} is {bias.dtype} {list(bias.shape)}, which does not fit its weights")
         else:
             vectors.append(Vector(layer, f"{role}_bias", view, 0.0))
@@ -339,7 +339,7 @@ def _gain(
     if spec is None:
         return None
     size = view.outputs if role.writes else view.inputs
-    if spec.shape != (size,) or spec.dtype not in _FLOATS:
+    if spec.shape != (size,) or spec.dtype not in PLAIN_FLOATS:
         stored = f"{spec.dtype} {list(spec.shape)}"
         caveats.append(f"norm gain {spec.name!r} is {stored}, not a float of [{size}]; taken as 1")
         return None

@@ -22,6 +22,10 @@ ITEM_BITS = {
 """Bits per element of every dtype safetensors 0.8 knows."""
 
 
+PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")
+"""Dtypes whose numbers are what is stored, without scales."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
     """What an adapter adds to a matrix of [out, in]: scale · b @ a, of a [rank, in] and b [out, rank]."""

@@ -9,11 +9,16 @@ from typing import Any
 
 import click
 
-from llmfp.cli.options import check_writable, debug_option, json_option, registry_option
+from llmfp.cli.options import (
+    alpha_option,
+    check_writable,
+    debug_option,
+    json_option,
+    permutations_option,
+    registry_option,
+)
 from llmfp.fingerprint import write_whole
 from llmfp.report import printable
-
-ALPHA, PERMUTATIONS = 1e-3, 100_000
 
 
 @click.command("atlas", short_help="Show a registry's families on one page.")
@@ -21,20 +26,8 @@ ALPHA, PERMUTATIONS = 1e-3, 100_000
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html", help="Where the page goes."
 )
-@click.option(
-    "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=ALPHA,
-    show_default=True,
-    help="Level of each pair that is tested.",
-)
-@click.option(
-    "--permutations",
-    type=click.IntRange(1, 10_000_000),
-    default=PERMUTATIONS,
-    show_default=True,
-    help="Drawn for each permutation test.",
-)
+@alpha_option("Level of each pair that is tested.")
+@permutations_option
 @json_option
 @debug_option
 def command(registry: str, out: Path | None, alpha: float, permutations: int, as_json: bool) -> None:
@@ -60,7 +53,7 @@ def command(registry: str, out: Path | None, alpha: float, permutations: int, as
     click.echo(f"atlas in {printable(str(out))} ({out.stat().st_size:,} bytes)")
 
 
-def compared(registry: str, alpha: float = ALPHA, permutations: int = PERMUTATIONS) -> dict[str, Any]:
+def compared(registry: str, alpha: float = 1e-3, permutations: int = 100_000) -> dict[str, Any]:
     """The atlas of a registry, with a bar on a terminal while pairs are tested."""
     from llmfp.atlas import atlas
     from llmfp.registry import Registry

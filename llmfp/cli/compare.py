@@ -12,19 +12,21 @@ from llmfp import api
 from llmfp.checkpoint.adapter import is_adapter
 from llmfp.cli.options import (
     SOURCE,
+    alpha_option,
     debug_option,
     deep_option,
     device_options,
     json_option,
+    permutations_option,
     plain_option,
     reading_options,
     report_option,
+    seed_option,
     verbose_option,
 )
-from llmfp.cli.progress import ProgressBar
+from llmfp.cli.progress import ProgressBar, say_plan
 from llmfp.fingerprint import Fingerprint, write_whole
-from llmfp.plan import Plan
-from llmfp.report import printable, tables, terminal
+from llmfp.report import printable, tables
 
 EXPECTED = {"related": "related", "none": "none_detected"}
 
@@ -32,27 +34,15 @@ EXPECTED = {"related": "related", "none": "none_detected"}
 @click.command("compare", short_help="Weigh the evidence that two models share ancestry.")
 @click.argument("a", type=SOURCE)
 @click.argument("b", type=SOURCE)
-@click.option(
-    "--alpha",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=1e-3,
-    show_default=True,
-    help="Level of the verdict, over all tests together.",
-)
+@alpha_option("Level of the verdict, over all tests together.")
 @click.option("--expect", type=click.Choice(list(EXPECTED)), help="Exit with 1 where the verdict is another.")
-@click.option(
-    "--permutations",
-    type=click.IntRange(1, 10_000_000),
-    default=100_000,
-    show_default=True,
-    help="Drawn for each permutation test.",
-)
+@permutations_option
 @click.option(
     "--null",
     type=click.Path(path_type=Path, readable=False),
     help="Further unrelated models: σ in JSON, or a directory of fingerprints, each its own family.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
+@seed_option
 @deep_option(None, "Look at what heads compute; without it, or of a sample, only profile and residual test are left.")
 @report_option
 @plain_option
@@ -84,7 +74,7 @@ def command(
         raise click.BadParameter("neither A nor B is an adapter", param_hint="--base")
     if more["deep"] is None:
         more["deep"] = more["sample"] is None
-    reading = {**more, "tower": tower if tower == "vision" else None, "planned": _say_plan if verbose else None}
+    reading = {**more, "tower": tower if tower == "vision" else None, "planned": say_plan if verbose else None}
     found = api.compare(_scan(a, base, reading), _scan(b, base, reading), tower=tower, **weighing)
     if report is not None:
         from llmfp.report import page
@@ -109,7 +99,3 @@ def command(
 def _scan(source: str, base: Path | None, reading: dict[str, Any]) -> Fingerprint:
     with ProgressBar() as bar:
         return api.scan(source, base=base if is_adapter(Path(source)) else None, progress=bar, **reading)
-
-
-def _say_plan(plan: Plan) -> None:
-    click.echo(terminal.plan_line(plan), err=True)

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from llmfp.cli.options import debug_option, deep_option, json_option, machine_options, registry_option
+from llmfp.cli.options import (
+    alpha_option,
+    debug_option,
+    deep_option,
+    json_option,
+    machine_options,
+    permutations_option,
+    registry_option,
+    seed_option,
+)
 from llmfp.cli.progress import ProgressBar
 
 
@@ -15,15 +24,9 @@ from llmfp.cli.progress import ProgressBar
 @click.argument("source")
 @registry_option
 @click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True, help="So many nearest are tested.")
-@click.option(
-    "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=1e-3, show_default=True,
-    help="Chance of calling any stranger related, over the whole search.",
-)  # fmt: skip
-@click.option(
-    "--permutations", type=click.IntRange(1, 10_000_000), default=100_000, show_default=True,
-    help="Drawn for each test.",
-)  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn.")
+@alpha_option("Chance of calling any stranger related, over the whole search.")
+@permutations_option
+@seed_option
 @deep_option(True, "Look at what heads compute, to rank and test by rotary coherence; default: yes.")
 @json_option
 @machine_options

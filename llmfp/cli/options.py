@@ -71,6 +71,29 @@ def check_writable(out: Path, hint: str) -> None:
         raise click.BadParameter(f"{out.parent} is not writable", param_hint=hint)
 
 
+permutations_option = click.option(
+    "--permutations",
+    type=click.IntRange(1, 10_000_000),
+    default=100_000,
+    show_default=True,
+    help="Drawn for each permutation test.",
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the permutations drawn."
+)
+
+
+def alpha_option(help_text: str) -> Callable[[Command], Command]:
+    """--alpha, with what is held to that level."""
+    return click.option(
+        "--alpha",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        default=1e-3,
+        show_default=True,
+        help=help_text,
+    )
+
+
 def deep_option(default: bool | None, help_text: str) -> Callable[[Command], Command]:
     """--deep/--no-deep, with what this command does when neither is given."""
     return click.option("--deep/--no-deep", default=default, help=help_text)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from llmfp.plan import Plan
+
 _QUIET_SECONDS = 1.0
 
 
@@ -45,6 +47,13 @@ class ProgressBar:
         self._bar.label = progress_line(done, total, now - self._begun)
         self._bar.update(done - self._done)
         self._done = done
+
+
+def say_plan(plan: Plan) -> None:
+    """What is going to be read, on stderr."""
+    from llmfp.report.terminal import plan_line
+
+    click.echo(plan_line(plan), err=True)
 
 
 def progress_line(done: int, total: int, seconds: float) -> str:

@@ -21,9 +21,8 @@ from llmfp.cli.options import (
     report_option,
     verbose_option,
 )
-from llmfp.cli.progress import ProgressBar
+from llmfp.cli.progress import ProgressBar, say_plan
 from llmfp.fingerprint import SUFFIX, is_fingerprint, write_whole
-from llmfp.plan import Plan
 from llmfp.report import printable, terminal
 
 
@@ -56,7 +55,7 @@ def command(
     """
     if out is not None:
         _check_writable(out)
-    planned = _say_plan if verbose else None
+    planned = say_plan if verbose else None
     with ProgressBar() as bar:
         deep = out is not None and reading["sample"] is None if deep is None else deep
         fingerprint = api.scan(source, deep=deep, planned=planned, progress=bar, **reading)
@@ -79,10 +78,6 @@ def command(
         click.echo(f"kept in {printable(str(out))} ({out.stat().st_size:,} bytes)")
     if report is not None:
         click.echo(f"report in {printable(str(report))} ({report.stat().st_size:,} bytes)")
-
-
-def _say_plan(plan: Plan) -> None:
-    click.echo(terminal.plan_line(plan), err=True)
 
 
 def _check_writable(out: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmfp import __version__
+from llmfp.checkpoint.specs import PLAIN_FLOATS
 from llmfp.errors import LlmfpError
 from llmfp.evidence import null as nulls
 from llmfp.evidence.alignment import align, layer_vectors, similarity
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = "llmfp.comparison/1"
-PLAIN_FLOATS = ("BF16", "F16", "F32", "F64")
 TESTS = ("residual", "heads", "coherence", "profile")
 """By what they can show, strongest last resort first."""
 ESCAPES = {
