@@ -25,6 +25,10 @@ def missing() -> str | None:
     return f"{' and '.join(absent)} not installed" if absent else None
 
 
+_HEAR = "window.heard = new Promise((done) => addEventListener('pointermove', () => done(), { once: true }))"
+_TWO_FRAMES = "requestAnimationFrame(() => requestAnimationFrame(() => arguments[0]()))"
+
+
 class Browser:
     """One window. Everything it loads and says is kept until asked for."""
 
@@ -49,6 +53,26 @@ class Browser:
 
     def js(self, code: str, *arguments: Any) -> Any:
         return self.driver.execute_script(code, *arguments)
+
+    def centred(self, element: Any) -> list[float]:
+        """Scrolls an element into the middle; its left, top, width and height there, once the page knows it scrolled:
+        the scroll event, which hides what is said under the pointer, comes with the next frame."""
+        self.js("arguments[0].scrollIntoView({block: 'center'})", element)
+        self._next_frame()
+        box = "const b = arguments[0].getBoundingClientRect(); return [b.left, b.top, b.width, b.height]"
+        return list(self.js(box, element))
+
+    def hover(self, x: float, y: float) -> str:
+        """Moves the pointer, and waits until the page has heard of it: what the page says there, "" where nothing."""
+        self.js(_HEAR)
+        moved = {"type": "mouseMoved", "x": x, "y": y, "pointerType": "mouse"}
+        self.driver.execute_cdp_cmd("Input.dispatchMouseEvent", moved)
+        self.driver.execute_async_script("heard.then(arguments[0])")
+        return str(self.js("const tip = document.getElementById('tip'); return tip.hidden ? '' : tip.textContent"))
+
+    def _next_frame(self) -> None:
+        """Returns when all that led to the next frame has been dispatched."""
+        self.driver.execute_async_script(_TWO_FRAMES)
 
     def pdf(self) -> bytes:
         printed = self.driver.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})

@@ -244,19 +244,13 @@ def test_search_and_sort(browser: Browser, many: tuple[Path, dict[str, Any]]) ->
 def test_the_map_says_its_numbers_and_zooms(browser: Browser, many: tuple[Path, dict[str, Any]]) -> None:
     file, found = many
     browser.open(file)
-    browser.js("document.getElementById('map').scrollIntoView({block: 'center'})")
-    box = browser.js(
-        "const b = document.getElementById('map').getBoundingClientRect(); return [b.left, b.top, b.width]"
-    )
-    scale = box[2] / 900
+    left, top, width, _ = browser.centred(browser.js("return document.getElementById('map')"))
+    scale = width / 900
     place = (1234, 77)  # row, column among 2,000
 
     def hover() -> str:
-        x = box[0] + (180 + 720 * (place[1] + 0.5) / MANY) * scale
-        y = box[1] + 720 * (place[0] + 0.5) / MANY * scale
-        moved = {"type": "mouseMoved", "x": x, "y": y, "pointerType": "mouse"}
-        browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", moved)
-        return str(browser.js("return document.getElementById('tip').textContent"))
+        x = left + (180 + 720 * (place[1] + 0.5) / MANY) * scale
+        return browser.hover(x, top + 720 * (place[0] + 0.5) / MANY * scale)
 
     said = hover()
     near = {found["models"][found["order"][place[0] + step]]["repo"] for step in (-2, -1, 0, 1, 2)}

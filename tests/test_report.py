@@ -264,40 +264,23 @@ def test_script_that_came_with_data_would_not_run(
     assert asked[0] == broken.as_uri()
 
 
-HOVER = """
-const mark = arguments[0];
-mark.scrollIntoView({block: "center"});
-const box = mark.getBoundingClientRect();
-return [box.left + box.width / 2, box.top + box.height / 2];
-"""
-
-
-def hover(browser: Browser, x: float, y: float) -> str:
-    """What the page says where the pointer is; "" where nothing."""
-    moved = {"type": "mouseMoved", "x": x, "y": y, "pointerType": "mouse"}
-    browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", moved)
-    said = "const tip = document.getElementById('tip'); return tip.hidden ? '' : tip.textContent"
-    return str(browser.js(said))
-
-
 def test_hovering_says_layer_and_value(browser: Browser, report: tuple[Path, dict[str, Any]]) -> None:
     file, found = report
     browser.open(file)
     label = f"B, K, layer 7: σ = {page.number(found['b']['std']['k'][7])}"
     found_by = "return [...document.querySelectorAll('[aria-label]')].find((m) => m.ariaLabel === arguments[0])"
     mark = browser.js(found_by, label)
-    x, y = browser.js(HOVER, mark)
-    assert hover(browser, x + 2, y - 2) == label
-    assert hover(browser, 2, 2) == ""
+    left, top, width, height = browser.centred(mark)
+    assert browser.hover(left + width / 2 + 2, top + height / 2 - 2) == label
+    assert browser.hover(2, 2) == ""
 
 
 def test_hovering_over_the_heat_map_says_its_number(browser: Browser, report: tuple[Path, dict[str, Any]]) -> None:
     file, found = report
     browser.open(file)
     area = browser.js("return document.querySelector('[data-matrix] .role-frame .background')")
-    browser.js(HOVER, area)
-    box = browser.js("const b = arguments[0].getBoundingClientRect(); return [b.left, b.top, b.width, b.height]", area)
-    said = hover(browser, box[0] + box[2] * 3.5 / 12, box[1] + box[3] * 8.5 / 12)
+    left, top, width, height = browser.centred(area)
+    said = browser.hover(left + width * 3.5 / 12, top + height * 8.5 / 12)
     value = f"{found['coherence']['matrix'][8][3]:.2f}".replace("-", "−")
     assert said == f"layer 8 of A with layer 3 of B: r = {value}"
 
