@@ -1,6 +1,7 @@
 """Quantised chunks on resident memory: stored bytes per second beside bf16's, and beside the libraries that dequantise.
 
-All codes are those of random normal weights, quantised by gguf or here. Every variant reduces the same number of stored
+All codes are those of random normal weights, quantised by gguf or here as quantisers do: every block's scale lets it
+reach the last level. Every variant reduces the same number of stored
 bytes, several times the last-level cache. Half of bf16's bytes at 4 bits is twice its elements a second, so every
 variant is also held against what the sums of as many float32 elements take in the first-level cache.
 """
@@ -42,44 +43,48 @@ NF4 = (
 RNG = np.random.default_rng(0)
 
 
-def _scales(rows: int, cols: int) -> dict[str, Any]:
-    scale = RNG.uniform(0.01, 0.02, (rows, cols)).astype(np.float32)
-    return {"scale": scale.tobytes(), "scale_rows": rows, "scale_cols": cols}
-
-
-def _like(rows: int, cols: int, value: float) -> bytes:
-    return np.full((rows, cols), value, np.float32).tobytes()
-
-
-def _codings() -> dict[str, Coding]:
-    groups = ROWS // 128
+def _layouts() -> dict[str, Coding]:
+    """By encoding: everything but the scales. An empty zero or shift is one that a quantiser has yet to choose."""
     table = np.array(NF4, np.float32).tobytes()
-    nested = {"row_block": 128, **_scales(groups, COLS)}
+    whole, affine = partial(Coding, "row", 8), partial(Coding, zero=b"", row_block=128)
     return {
-        "FP8 128×128": Coding("row", 8, levels="F8_E4M3", row_block=128, col_block=128, **_scales(groups, COLS // 128)),
-        "FP8 per row": Coding("row", 8, levels="F8_E4M3", col_block=COLS, **_scales(ROWS, 1)),
-        "int8 per row": Coding("row", 8, levels="int", col_block=COLS, **_scales(ROWS, 1)),
-        "bitsandbytes int8": Coding("row", 8, levels="int", col_block=COLS, **_scales(ROWS, 1)),
-        "GPTQ 8 bits": Coding("down", 8, zero=_like(groups, COLS, 128), **nested),
-        "GPTQ 4 bits": Coding("down", 4, zero=_like(groups, COLS, 8), **nested),
-        "AWQ 4 bits": Coding("awq", 4, zero=_like(groups, COLS, 8), **nested),
-        "compressed-tensors 4 bits": Coding("row", 4, levels="offset", col_block=128, **_scales(ROWS, COLS // 128)),
-        "MLX 4 bits": Coding("row", 4, shift=_like(ROWS, COLS // 64, -0.11), col_block=64, **_scales(ROWS, COLS // 64)),
-        "NF4": Coding("row_high", 4, levels="table", table=table, col_block=64, **_scales(ROWS, COLS // 64)),
-        "HQQ 8 bits": Coding("row", 8, zero=_like(ROWS, COLS // 64, 128), **_scales(ROWS, COLS // 64), col_block=64),
-        "MXFP4": Coding("row", 4, levels="E2M1", col_block=32, **_scales(ROWS, COLS // 32)),
-        "NVFP4": Coding("row", 4, levels="E2M1", col_block=16, **_scales(ROWS, COLS // 16)),
+        "FP8 128×128": whole(levels="F8_E4M3", row_block=128, col_block=128),
+        "FP8 per row": whole(levels="F8_E4M3", col_block=COLS),
+        "int8 per row": whole(levels="int", col_block=COLS),
+        "bitsandbytes int8": whole(levels="int", col_block=COLS),
+        "GPTQ 8 bits": affine("down", 8),
+        "GPTQ 4 bits": affine("down", 4),
+        "AWQ 4 bits": affine("awq", 4),
+        "compressed-tensors 4 bits": Coding("row", 4, levels="offset", col_block=128),
+        "MLX 4 bits": Coding("row", 4, shift=b"", col_block=64),
+        "NF4": Coding("row_high", 4, levels="table", table=table, col_block=64),
+        "HQQ 8 bits": whole(zero=b"", col_block=64),
+        "MXFP4": Coding("row", 4, levels="E2M1", col_block=32),
+        "NVFP4": Coding("row", 4, levels="E2M1", col_block=16),
     }
 
 
-def _codes(coding: Coding) -> NDArray[np.uint8]:
-    """[ROWS, COLS]: the levels next to normal numbers, whose σ is a 4.5th of the largest level."""
-    level = _levels(coding)
-    order = np.argsort(level)[np.isfinite(np.sort(level))]
-    least, most = level[order[0]], level[order[-1]]
-    values = RNG.normal((least + most) / 2, (most - least) / 9, (ROWS, COLS))
+def _quantised(layout: Coding, values: NDArray[np.float32]) -> tuple[Coding, NDArray[np.uint8]]:
+    """A layout with its scales, and codes [ROWS, COLS], as quantisers choose them for each block of `values`: from its
+    largest magnitude to the largest level, or from its least to its most where there is a zero or a shift."""
+    level = _levels(layout)
+    order = np.argsort(level)[: np.isfinite(level).sum()]
+    size = (ROWS // layout.row_block, layout.row_block, COLS // layout.col_block, layout.col_block)
+    blocks = values.reshape(size)
+    least, most = blocks.min((1, 3), keepdims=True), blocks.max((1, 3), keepdims=True)
+    if layout.zero is None and layout.shift is None:
+        scale, zero = np.maximum(most, -least) / np.float32(np.nanmax(level)), np.float32(0)
+    else:
+        scale = (most - least) / np.float32(level[order[-1]])
+        zero = np.round(-least / scale)
     between = (level[order][1:] + level[order][:-1]) / 2
-    return order.astype(np.uint8)[np.searchsorted(between, values)]
+    codes = order.astype(np.uint8)[np.searchsorted(between, blocks / scale + zero)].reshape(ROWS, COLS)
+    named = {"scale": scale.tobytes(), "scale_rows": size[0], "scale_cols": size[2]}
+    if layout.zero is not None:
+        named["zero"] = zero.tobytes()
+    if layout.shift is not None:
+        named["shift"] = (-zero * scale).tobytes()
+    return replace(layout, **named), codes
 
 
 def _levels(coding: Coding) -> NDArray[np.float64]:
@@ -112,8 +117,9 @@ def test_encodings(benchmark: Benchmark) -> None:
     values = RNG.normal(0, 0.02, (ROWS, COLS)).astype(np.float32)
     bf16 = to_bfloat16(values)
     _add(comparison, "BF16", Chunk(bf16.tobytes(), "BF16", ROWS, COLS, 0, 2 * COLS, unit_rows(COLS)))
-    for name, coding in _codings().items():
-        chunk = _chunk(*_packed(coding, _codes(coding)), coding)
+    for name, layout in _layouts().items():
+        coding, codes = _quantised(layout, values)
+        chunk = _chunk(*_packed(coding, codes), coding)
         _add(comparison, name, chunk)
         _add_library(comparison, name, chunk)
     for name in BLOCKS:

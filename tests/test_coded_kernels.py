@@ -72,6 +72,7 @@ CODINGS: dict[str, Coding] = {
         f"gptq {bits}": Coding("down", bits, zero=floats(3, 640), row_block=32, **scales(3, 640))
         for bits in (2, 3, 4, 8)
     },
+    "gptq groups of 16": Coding("down", 4, zero=floats(6, 640), row_block=16, **scales(6, 640)),
     "gptq act-order": Coding("down", 4, zero=floats(5, 640), row_group=groups(96, 5), **scales(5, 640)),
     "awq": Coding("awq", 4, zero=floats(3, 640), row_block=32, **scales(3, 640)),
     "hqq high": Coding("plane", 4, place=4, zero=floats(96, 10), **scales(96, 10, col_block=64)),
@@ -99,6 +100,32 @@ WIDE: dict[str, Coding] = {
     "e5m2 words": Coding("down", 8, levels="F8_E5M2", **scales(1, 1, row_block=43, col_block=WIDE_COLS)),
 }
 """Codings of 43 rows, wider than what the native kernel takes at a time, each found by another of its ways."""
+
+LAST_OF_FLOATS = {"F8_E4M3": 0xFE, "F8_E5M2": 0xFB}
+"""Bits of 8-bit floats that leave the codes without infinities and NaN, none of them the sign."""
+
+
+def around_zero(coding: Coding) -> Coding:
+    """The same with zeros or shifts by which the middle of the levels stands for a number near zero, as usual."""
+    middle = ((1 << coding.bits) - 1) / 2 if coding.levels == "uint" else 0
+    scale = np.frombuffer(coding.scale or b"", np.float32)
+    near = middle + np.frombuffer(floats(len(scale)), np.float32) / 4
+    zero = near.astype(np.float32).tobytes() if coding.zero else None
+    shift = (-near * scale).astype(np.float32).tobytes() if coding.shift else None
+    return replace(coding, zero=zero, shift=shift)
+
+
+def weights_of(name: str, rows: int, cols: int, **rest: Any) -> Chunk:
+    """Numbers around zero, all finite: what kernels are fast for. Codes of CODINGS and WIDE, blocks of BLOCKS."""
+    if name in BLOCKS:
+        stored = blocks_of(name, rows, cols, around_zero=True)
+        coding = Coding(name, table=grid(name))
+        return Chunk(stored.tobytes(), "", rows, cols, 0, stored.shape[1], 32, coding=coding, **rest)
+    chunk = chunk_of(around_zero(CODINGS.get(name) or WIDE[name]), rows, cols, **rest)
+    assert chunk.coding is not None
+    kept = np.uint8(LAST_OF_FLOATS.get(chunk.coding.levels, 0xFF))
+    return replace(chunk, data=(np.frombuffer(chunk.host_data, np.uint8) & kept).tobytes())
+
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -148,6 +175,15 @@ def test_more_columns_than_are_taken_at_a_time(name: str, kind: str, backend: Ba
     for rows, cols, first_col in ((43, WIDE_COLS, 0), (9, 2075, 272), (13, 1030, 40)):
         chunk = chunk_of(WIDE[name], rows, cols, 0, first_col, **weights_wide(kind, rows, cols))
         assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", [*CODINGS, *WIDE, *BLOCKS])
+def test_codes_of_numbers_around_zero(name: str, kind: str, backend: Backend) -> None:
+    """Codes at random are mostly NaN or far from zero, which kernels leave to their slow, exact part."""
+    rows, cols = (43, WIDE_COLS) if name in WIDE else (75, 768 if name in BLOCKS else 613)
+    chunk = weights_of(name, rows, cols, **weights_wide(kind, rows, cols))
+    assert_agrees(backend.marginals(chunk), load("reference").marginals(chunk), chunk)
 
 
 @pytest.mark.parametrize("kind", ["plain", "by column", "by row"])
@@ -209,7 +245,11 @@ def test_values_follow_the_formula() -> None:
             assert decode(chunk)[i, j] == pytest.approx(expected, rel=1e-12, nan_ok=True), name
 
 
-def blocks_of(name: str, rows: int, cols: int) -> NDArray[np.uint8]:
+MIDDLE = {"Q4_1": 7.5, "Q5_1": 15.5, "Q2_K": 1.5, "Q4_K": 7.5, "Q5_K": 15.5}
+"""Of the levels of types with minima."""
+
+
+def blocks_of(name: str, rows: int, cols: int, around_zero: bool = False) -> NDArray[np.uint8]:
     """Random blocks; scales that float16 holds as finite, moderate numbers."""
     kind = gguf.GGMLQuantizationType[name]
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -222,8 +262,9 @@ def blocks_of(name: str, rows: int, cols: int) -> NDArray[np.uint8]:
         stored[..., 55] = 0x20 | stored[..., 55] & 15  # the highest part of its scale
     elif name != "NVFP4":
         stored[..., where : where + 2] = half[..., :2]
-        if name in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"):
-            stored[..., where + 2 : where + 4] = half[..., 2:]
+        if middle := MIDDLE.get(name):
+            least = half[..., :2].copy().view(np.float16) * np.float16(middle if name[3:] == "K" else -middle)
+            stored[..., where + 2 : where + 4] = least.view(np.uint8) if around_zero else half[..., 2:]
     return stored.reshape(rows, -1)
 
 
@@ -247,8 +288,9 @@ def weights_wide(kind: str, rows: int, cols: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("weight", ["col_weight", "row_weight"])
+@pytest.mark.parametrize("around", ["zero", "anything"])
 @pytest.mark.parametrize("name", [*CODINGS, *WIDE, *BLOCKS, "low rank"])
-def test_all_simd_levels_agree_to_the_bit(name: str, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_simd_levels_agree_to_the_bit(name: str, around: str, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
     native = load("native_cpu")
     if native.why_unavailable():
         pytest.skip("the C++ extension was not built")
@@ -261,6 +303,8 @@ def test_all_simd_levels_agree_to_the_bit(name: str, weight: str, monkeypatch: p
     if name == "low rank":
         data = RNG.normal(0, 1, (rows, cols)).astype(np.float16).tobytes()
         chunk = Chunk(data, "F16", rows, cols, 0, 2 * cols, 32, low_rank=low_rank(rows, cols), **rest)
+    elif around == "zero":
+        chunk = weights_of(name, rows, cols, **rest)
     elif name in BLOCKS:
         stored = blocks_of(name, rows, cols)
         coding = Coding(name, table=grid(name))

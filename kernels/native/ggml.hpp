@@ -78,6 +78,11 @@ LLMFP_INLINE Sixteen two_points(const int8_t *grid, size_t first, size_t second)
     return x;
 }
 
+// Whether something is added to its levels' products with scales.
+constexpr bool has_minimum(Ggml type) {
+    return type == Ggml::Q4_1 || type == Ggml::Q5_1 || type == Ggml::Q2_K || type == Ggml::Q4_K || type == Ggml::Q5_K;
+}
+
 // `grid`: for IQ1, IQ2 and IQ3 the type's points, int8[n][8 or 4].
 template <Ggml B>
 LLMFP_INLINE void block(const unsigned char *__restrict b, const int8_t *__restrict grid, int8_t *__restrict q,
@@ -88,14 +93,13 @@ LLMFP_INLINE void block(const unsigned char *__restrict b, const int8_t *__restr
                 B == Ggml::MXFP4 || B == Ggml::IQ4_NL
             ? 2
             : 16;
-    constexpr bool AFFINE = B == Ggml::Q4_1 || B == Ggml::Q5_1 || B == Ggml::Q2_K || B == Ggml::Q4_K || B == Ggml::Q5_K;
     (void)grid;
     auto word = [](const unsigned char *p) {
         uint32_t x;
         memcpy(&x, p, 4);
         return x;
     };
-    if constexpr (!AFFINE)
+    if constexpr (!has_minimum(B))
         for (int s = 0; s < SIXTEENS; s++) plus[s] = 0;
     if constexpr (SIXTEENS == 2) scale[0] = scale[1] = B == Ggml::MXFP4 ? half_exponent(b[0]) : half_at(b);
     if constexpr (B == Ggml::Q4_1 || B == Ggml::Q5_1) plus[0] = plus[1] = half_at(b + 2);

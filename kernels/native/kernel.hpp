@@ -20,7 +20,6 @@ namespace llmfp {
 namespace {
 
 constexpr size_t FOLD_ROWS = 32;                    // rows per float32 column sum
-constexpr size_t BAND_ROWS = 8;                     // rows of codes that are read side by side
 constexpr size_t SEGMENT_STEPS = 32;                // vectors per float32 row sum, and such sums per second-level sum
 constexpr double TINY = 0x1p-100, HUGE_SUM = 1e300; // float32 squares below TINY may have underflowed
 constexpr double MOST = 0x1p60, LEAST = 0x1p-50;    // abs_max between these keeps squares far inside float32
@@ -53,9 +52,8 @@ LLMFP_INLINE Moment moment(double s, double q, double inverse) {
 // The largest magnitude so far, of each lane; `bits` of all of them, as of the stored dtype.
 template <class L, Dtype D, bool STAGED> struct Largest : L::template Source<D>::Max {};
 template <class L> struct Largest<L, Dtype::F32, true> {
-    typename L::F32 most = L::F32::zero();
-    float known = 0; // the largest of all lanes, or what it was a while ago
-    uint32_t bits() const { return most_bits(most); }
+    Known<typename L::F32> known;
+    uint32_t bits() const { return most_bits(known.most); }
 };
 
 template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
@@ -131,20 +129,20 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         }
     }
 
-    // Columns [column, column + 16 * vectors) of R staged rows, whose sums are added to `all_rows`.
+    // Columns [column, column + 16 * vectors) of R staged rows, whose sums are added to `all_rows`. `ahead` is where what
+    // comes next is stored, relative to them.
     template <int R, Kept KEPT, Scaling SCALING, bool LOOK>
-    static __attribute__((noinline)) void staged(const Job &job, Spread spread, const Segment *segment, size_t column,
-                                                 size_t vectors, const float *row_weight, Rows<R> &all_rows,
-                                                 Max &all_max) {
+    static __attribute__((noinline)) void staged(const Job &job, Spread spread, const Segment *segment, ptrdiff_t ahead,
+                                                 size_t column, size_t vectors, const float *row_weight,
+                                                 Rows<R> &all_rows, Max &all_max) {
         const Scratch s = job.scratch; // copies, which stores of sums cannot change
         const uint8_t *code[R];
         for (int r = 0; r < R; r++) code[r] = segment[r].code;
         const float *table = job.coding.table;
-        const size_t ahead = job.row_stride * (KEPT == Kept::WORDS ? 1 : R);
         const size_t step = KEPT == Kept::WORDS ? 64 : job.coding.packing == Packing::GGML ? 17 : 2 * job.coding.bits;
         Rows<R> rows;
         rows.clear();
-        F32 most = all_max.most;
+        F32 most = all_max.known.most;
         auto add = [&](size_t v) {
             const size_t at = column + 16 * v, entry = (v + spread.skew) >> spread.shift;
             Columns columns;
@@ -161,21 +159,39 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         };
         size_t v = 0;
         for (; v + 4 <= vectors; v += 4) {
-            // The same columns of the next rows, which the hardware does not foresee.
-            for (int r = 0; r < R; r++)
+            for (int r = 0; r < R; r++) // the hardware does not foresee the next rows
                 __builtin_prefetch(segment[r].stored + ahead + v * step + (KEPT == Kept::WORDS ? 64 * r : 0), 0, 3);
 #pragma GCC unroll 4
             for (size_t k = 0; k < 4; k++) add(v + k);
         }
         for (; v != vectors; v++) add(v);
-        all_max.most = most;
+        all_max.known.most = most;
         for (int r = 0; r < R; r++)
             for (int k = 0; k < SUMS; k++) all_rows.sum[r][k] = all_rows.sum[r][k] + rows.sum[r][k];
     }
 
-    // The same of rows that are yet to be laid out; n columns, at most a segment.
+    // as(staged<...>) with what is known at run time.
+    template <int R, Kept KEPT, Scaling SCALING, class As> static LLMFP_INLINE void reduce(bool look, As as) {
+        look ? as(staged<R, KEPT, SCALING, true>) : as(staged<R, KEPT, SCALING, false>);
+    }
+    template <int R, Kept KEPT, class As> static LLMFP_INLINE void reduce_columns(bool same, bool look, As as) {
+        same ? reduce<R, KEPT, Scaling::SHARED>(look, as) : as(staged<R, KEPT, Scaling::COLUMNS, true>);
+    }
+    template <int R, Kept KEPT, class As>
+    static LLMFP_INLINE void reduce_bytes(Scaling scaling, bool same, bool look, As as) {
+        switch (scaling) {
+        case Scaling::FACTOR: return reduce<R, KEPT, Scaling::FACTOR>(look, as);
+        case Scaling::AFFINE: return reduce<R, KEPT, Scaling::AFFINE>(look, as);
+        case Scaling::ZERO: return reduce<R, KEPT, Scaling::ZERO>(look, as);
+        case Scaling::COLUMNS:
+        case Scaling::SHARED: return reduce_columns<R, KEPT>(same, look, as);
+        }
+    }
+
+    // The same of rows that are yet to be laid out; n columns, at most a segment. What is stored at `next` comes next.
     template <int R>
-    static void segment_of(const Job &job, Kind kind, size_t row, size_t column, size_t n, Rows<R> &rows, Max &max) {
+    static void segment_of(const Job &job, const Kind &kind, size_t row, size_t column, size_t n,
+                           const unsigned char *next, Rows<R> &rows, Max &max) {
         Segment segment[R];
         const size_t vectors = (n + 15) / 16;
         bool look = false;
@@ -184,48 +200,34 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             if (kind.kept == Kept::FLOATS)
                 for (size_t j = n; j % 16; j++) segment[r].floats[j] = 0;
         }
-        for (const Segment &each : segment) look |= may_exceed<L>(kind, each, vectors, max.known);
+        const bool columns = kind.kept != Kept::FLOATS && kind.scaling == Scaling::COLUMNS;
+        const bool same = columns && shared<R>(segment, kind.kept);
+        if (same) look = column_bound<L>(*segment, vectors, column, max.known) > max.known.all;
+        else
+            for (const Segment &each : segment) look |= may_exceed<L>(kind, each, vectors, max.known);
         const float *row_weight = job.row_weight + (W == Weighted::BY_ROW ? row : 0);
-        auto as = [&](auto reduce) { reduce(job, kind.spread, segment, column, vectors, row_weight, rows, max); };
+        auto as = [&](auto reduce) {
+            reduce(job, kind.spread, segment, next - segment->stored, column, vectors, row_weight, rows, max);
+        };
         using S = Scaling;
         switch (kind.kept) {
-        case Kept::FLOATS: as(staged<R, Kept::FLOATS, S::AFFINE, true>); break;
-        case Kept::WORDS:
-            as(shared<R>(segment, kind.kept) ? staged<R, Kept::WORDS, S::SHARED, true>
-                                             : staged<R, Kept::WORDS, S::COLUMNS, true>);
-            break;
-        case Kept::HALVES:
-            as(look ? staged<R, Kept::HALVES, S::AFFINE, true> : staged<R, Kept::HALVES, S::AFFINE, false>);
-            break;
-        case Kept::TABLE:
-            as(look ? staged<R, Kept::TABLE, S::AFFINE, true> : staged<R, Kept::TABLE, S::AFFINE, false>);
-            break;
-        case Kept::SIGNED:
-            if (kind.scaling == S::COLUMNS)
-                as(shared<R>(segment, kind.kept) ? staged<R, Kept::SIGNED, S::SHARED, true>
-                                                 : staged<R, Kept::SIGNED, S::COLUMNS, true>);
-            else if (kind.scaling == S::AFFINE)
-                as(look ? staged<R, Kept::SIGNED, S::AFFINE, true> : staged<R, Kept::SIGNED, S::AFFINE, false>);
-            else as(look ? staged<R, Kept::SIGNED, S::ZERO, true> : staged<R, Kept::SIGNED, S::ZERO, false>);
-            break;
-        case Kept::UNSIGNED:
-            if (kind.scaling == S::COLUMNS)
-                as(shared<R>(segment, kind.kept) ? staged<R, Kept::UNSIGNED, S::SHARED, true>
-                                                 : staged<R, Kept::UNSIGNED, S::COLUMNS, true>);
-            else if (kind.scaling == S::AFFINE)
-                as(look ? staged<R, Kept::UNSIGNED, S::AFFINE, true> : staged<R, Kept::UNSIGNED, S::AFFINE, false>);
-            else as(look ? staged<R, Kept::UNSIGNED, S::ZERO, true> : staged<R, Kept::UNSIGNED, S::ZERO, false>);
+        case Kept::FLOATS: as(staged<R, Kept::FLOATS, S::FACTOR, true>); break;
+        case Kept::HALVES: reduce<R, Kept::HALVES, S::FACTOR>(look, as); break;
+        case Kept::TABLE: reduce<R, Kept::TABLE, S::FACTOR>(look, as); break;
+        case Kept::WORDS: reduce_columns<R, Kept::WORDS>(same, look, as); break;
+        case Kept::SIGNED: reduce_bytes<R, Kept::SIGNED>(kind.scaling, same, look, as); break;
+        case Kept::UNSIGNED: reduce_bytes<R, Kept::UNSIGNED>(kind.scaling, same, look, as);
         }
-        if (look) max.known = float_of(max.bits());
+        if (look) max.known.all = float_of(max.bits());
     }
 
-    // At most BAND_ROWS staged rows, a segment of all of them at a time: column sums, which of 4096 columns would fill the
-    // first-level cache, are fetched from the second once for all. False if a row's sums cannot be trusted.
+    // At most FOLD_ROWS staged rows, a segment of all of them at a time, so that the segment's column sums stay in the
+    // first-level cache. False if a row's sums cannot be trusted.
     static bool staged_rows(const Job &job, size_t start, size_t stop, Max &max) {
         constexpr int R = L::ROWS;
         const Kind kind = kind_of(job);
-        Rows<R> second[BAND_ROWS / R + R]; // a group's, or a single row's in the first place
-        F64 wide[BAND_ROWS][SUMS];
+        Rows<R> second[FOLD_ROWS / R + R]; // a group's, or a single row's in the first place
+        F64 wide[FOLD_ROWS][SUMS];
         const size_t groups = (stop - start) / R, alone = start + R * groups;
         auto each_row = [&](auto f) { // f(row of the unit's, sums of it)
             for (size_t g = 0; g < groups; g++)
@@ -242,14 +244,20 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             if (n < 16) now.kept = Kept::FLOATS;
             if (now.kept != Kept::FLOATS) n = n / 16 * 16; // the last columns become floats, with zeros behind them
             now.spread = spread_of(job.coding, job.first_col + column, n);
-            for (size_t g = 0; g < groups; g++) segment_of<R>(job, now, start + R * g, column, n, second[g], max);
+            const auto *below = stored_at(job, stop, 0), *beside = stored_at(job, start, column + n);
+            const auto *last = column + n < job.cols ? beside : below;
+            for (size_t i = start, g = 0; g < groups; i += R, g++) {
+                const auto *next = g + 1 < groups ? stored_at(job, i + R, column) : last;
+                segment_of<R>(job, now, i, column, n, next, second[g], max);
+            }
             for (size_t i = alone; i < stop; i++) {
                 Rows<1> one;
                 Rows<R> &all = second[groups + i - alone];
                 for (int k = 0; k < SUMS; k++) one.sum[0][k] = all.sum[0][k];
-                segment_of<1>(job, now, i, column, n, one, max);
+                segment_of<1>(job, now, i, column, n, last, one, max);
                 for (int k = 0; k < SUMS; k++) all.sum[0][k] = one.sum[0][k];
             }
+            fold(job, column, (n + 15) / 16 * 16);
             if (++depth % SEGMENT_STEPS == 0)
                 each_row([&](size_t i, F32 *sum) {
                     for (int k = 0; k < SUMS; k++)
@@ -395,13 +403,12 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         }
     }
 
-    // float32 column sums onto the unit's float64 ones; the former start again at zero.
-    static void fold(const Job &job) {
-        const size_t n = padded(job.cols);
+    // float32 sums of columns [column, column + n) onto the unit's float64 ones; the former start again at zero.
+    static void fold(const Job &job, size_t column, size_t n) {
         for (int k = 0; k < (W == Weighted::BY_ROW ? 4 : 2); k++) {
             float *from = job.scratch.fast[k];
             double *to = job.scratch.sum[k];
-            for (size_t j = 0; j < n; j += 16) {
+            for (size_t j = column; j < column + n; j += 16) {
                 (F64::load(to + j) + F64::widen(F32::load(from + j))).store(to + j);
                 F32::zero().store(from + j);
             }
@@ -410,6 +417,10 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
 
     // Blocked order to stored order.
     static void unblock(const double *from, double *to, size_t cols) {
+        if (column_of<D>(0, 1) == 1) {
+            memcpy(to, from, 8 * cols);
+            return;
+        }
         for (size_t block = 0; block < cols; block += BLOCK) {
             if (block + BLOCK <= cols) {
                 for (size_t v = 0; v < V; v++)
@@ -458,8 +469,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             const size_t stop = smaller(row + rows, start + FOLD_ROWS);
             bool good = true;
             if constexpr (STAGED) {
-                for (size_t i = start; i < stop; i += BAND_ROWS)
-                    good &= staged_rows(job, i, smaller(stop, i + BAND_ROWS), max);
+                good = staged_rows(job, start, stop, max);
             } else {
                 size_t i = start;
                 double total[R][SUMS];
@@ -473,7 +483,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
                 }
             }
             if (!good) return false;
-            fold(job);
+            if constexpr (!STAGED) fold(job, 0, padded(job.cols));
             if (job.cross) cross(job, start, stop - start);
         }
         const Bits<D> most = max.bits();
