@@ -18,7 +18,9 @@ from llmfp.marginals import Chunk
 LEVELS = {"F8_E4M3": "F8_E4M3", "F8_E5M2": "F8_E5M2", "int": "I8"}
 """By a coding's levels, the dtype whose values they are."""
 MAX_ROWS = 1 << 21
-"""Rows that a kernel finds the scale of, see triton_marginals.ROW_SHIFT."""
+"""Rows of a unit and of one entry together, to which a kernel finds the entry: see triton_marginals.ROW_SHIFT."""
+MAX_ENTRIES = 1 << 31
+"""Entries that a unit takes, which a kernel counts in int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,9 @@ def scaled(chunk: Chunk) -> tuple[Chunk, Scales] | None:
     # One entry for all has no edge to find: any alignment, any size.
     row_block = coding.row_block if len(table) > 1 else first_row + chunk.rows
     col_block = coding.col_block if table.shape[1] > 1 else first_col + chunk.cols
-    if len(table) > 1 and row_block + min(chunk.unit_rows, chunk.rows) > MAX_ROWS:
+    unit_rows = min(chunk.unit_rows, chunk.rows)
+    entries = (unit_rows // row_block + 2) * table.shape[1]
+    if (len(table) > 1 and row_block + unit_rows > MAX_ROWS) or entries > MAX_ENTRIES:
         return None
     plain = replace(
         chunk,

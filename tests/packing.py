@@ -65,6 +65,7 @@ SCALED: dict[str, tuple[str, int, int, int, int, int, int]] = {
     "partial blocks": ("F8_E4M3", 128, 128, 160, 176, 0, 0),
     "inside a block": ("F8_E4M3", 32, 128, 45, 272, 40, 144),
     "e5m2, any alignment": ("F8_E5M2", 48, 40, 45, 107, 21, 5),
+    "blocks that lanes straddle": ("F8_E4M3", 16, 32, 33, 96, 0, 5),
     "groups of columns": ("F8_E4M3", 1, 32, 37, 96, 3, 32),
     "odd groups": ("F8_E4M3", 7, 24, 40, 96, 5, 0),
     "per row": ("F8_E4M3", 1, 560, 40, 544, 7, 16),
@@ -76,7 +77,7 @@ SCALED: dict[str, tuple[str, int, int, int, int, int, int]] = {
 
 
 def scaled_chunk(name: str, *, pad: int = 0, **rest: Any) -> Chunk:
-    """A chunk of SCALED in units of 64 rows: normal levels, scales of either sign.
+    """A chunk of SCALED in units of 64 rows: normal levels, scales of either sign, elements beyond any level.
 
     What lies around it, in its rows and in the table of scales, is no usual number."""
     levels, row_block, col_block, rows, cols, first_row, first_col = SCALED[name]
@@ -86,7 +87,7 @@ def scaled_chunk(name: str, *, pad: int = 0, **rest: Any) -> Chunk:
     stored = np.full((rows, first_col + cols + pad), 0x7F, np.uint8)
     stored[:, first_col : first_col + cols] = codes
     shape = -(-(first_row + rows + 1) // row_block), -(-(first_col + cols + 1) // col_block)
-    scale = 1e-3 * (1 + rng.uniform(-0.5, 0.5, shape)) * rng.choice([-1, 1], shape)
+    scale = 1e3 * (1 + rng.uniform(-0.5, 0.5, shape)) * rng.choice([-1, 1], shape)
     taken = np.zeros(shape, np.bool_)
     taken[first_row // row_block : (first_row + rows - 1) // row_block + 1, first_col // col_block :] = True
     taken[:, (first_col + cols - 1) // col_block + 1 :] = False

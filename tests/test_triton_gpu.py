@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmfp.errors import BackendError, EncodingError
+from llmfp.hardware import samples
 from llmfp.kernels import triton_gpu
 from llmfp.kernels.reference import BACKEND as REFERENCE
 from llmfp.kernels.reference import decode
@@ -361,7 +362,7 @@ def packings(backend: triton_gpu.TritonGpu, patch: pytest.MonkeyPatch) -> list[i
     return packed
 
 
-@pytest.mark.parametrize("kind", ["plain", "columns", "rows"])
+@pytest.mark.parametrize("kind", ["columns", "rows"])
 @pytest.mark.parametrize("name", SCALED)
 def test_bytes_are_scaled_in_the_kernel(
     backend: triton_gpu.TritonGpu, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -401,18 +402,13 @@ def test_bytes_on_the_device_stay_there(
 )
 def test_scales_of_any_magnitude(backend: triton_gpu.TritonGpu, name: str, kind: str) -> None:
     """What float32 cannot do is done in float64, from the codes: their products overflow float32, and vanish in it."""
-    chunk = cut(scaled_chunk(name), 24)
+    chunk = replace(scaled_chunk(name), rows=10)  # the interpreter takes long in float64
     assert chunk.coding is not None
     scale = np.frombuffer(chunk.coding.scale or b"", np.float32).astype(np.float64)
     for largest in (1e-37, 3e38):
         coding = replace(chunk.coding, scale=(scale / np.nanmax(np.abs(scale)) * largest).astype(np.float32).tobytes())
         scaled = replace(chunk, coding=coding, **gains(kind, chunk.rows, chunk.cols))
         assert_agrees(backend.marginals(scaled), REFERENCE.marginals(scaled), scaled)
-
-
-def cut(chunk: Chunk, rows: int) -> Chunk:
-    """Its first rows: what the interpreter does in float64 takes long."""
-    return replace(chunk, rows=min(rows, chunk.rows))
 
 
 @pytest.mark.parametrize("levels", ["F8_E4M3", "F8_E5M2", "int"])
@@ -429,6 +425,25 @@ def test_codes_and_scales_that_are_no_usual_numbers(backend: triton_gpu.TritonGp
         sizes = rows.stop - rows.start, cols.stop - cols.start
         chunk = Chunk(data[rows].tobytes(), "", *sizes, 0, 64, 32, coding=coding, **place)
         assert_agrees(backend.marginals(chunk), REFERENCE.marginals(chunk), chunk)
+
+
+@pytest.mark.parametrize(("levels", "code"), [("F8_E4M3", 0x7F), ("F8_E4M3", 0xFF), ("F8_E5M2", 0xFC)])
+def test_one_code_that_is_no_number_is_found(
+    backend: triton_gpu.TritonGpu, levels: str, code: int, e4m3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among usual ones, whether it is converted to a NaN, or to 480 or 65536."""
+    if levels == "F8_E5M2" and e4m3 == "by bits":
+        pytest.skip("nothing is read by bits")
+    codes = samples.encode(np.random.default_rng(14).normal(0, 1, (40, 48)).astype(np.float32), levels)
+    codes[33, 7] = code
+    scale = np.array([[0.5, 0.25, 2.0]], np.float32)
+    coding = Coding("row", 8, levels=levels, scale=scale.tobytes(), scale_cols=3, row_block=40, col_block=16)
+    chunk = Chunk(codes.tobytes(), "", 40, 48, 0, 48, 40, coding=coding)
+    seen = launches(backend, monkeypatch)
+    ours = backend.marginals(chunk)
+    assert ours.nonfinite == 1
+    assert_agrees(ours, REFERENCE.marginals(chunk), chunk)
+    assert seen == ["marginal_tiles", "merge_partials", "exact_tiles", "merge_partials"]
 
 
 def test_every_e4m3_by_its_bits(backend: triton_gpu.TritonGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,6 +534,18 @@ def test_what_is_not_just_scaled_is_left_to_the_definition(change: str) -> None:
     assert scaled(replace(chunk, low_rank=LowRank(1, bytes(4 * 160), bytes(4 * 176)))) is None
     assert scaled(replace(chunk, first_row=-1)) is None
     assert scaled(replace(chunk, first_row=128)) is None
+
+
+@pytest.mark.parametrize(("limit", "needed"), [("MAX_ROWS", 128 + 64), ("MAX_ENTRIES", 2 * 2)])
+def test_what_a_kernel_cannot_index_is_left_to_the_definition(
+    limit: str, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 128 rows and units of 64, of which one takes at most two rows of two scales."""
+    chunk = scaled_chunk("partial blocks")
+    monkeypatch.setattr(f"llmfp.kernels.scaled.{limit}", needed)
+    assert scaled(chunk) is not None
+    monkeypatch.setattr(f"llmfp.kernels.scaled.{limit}", needed - 1)
+    assert scaled(chunk) is None
 
 
 def on_the_device(chunk: Chunk) -> Chunk:
