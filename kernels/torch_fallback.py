@@ -110,9 +110,9 @@ def decoded_on_host(chunk: Chunk, dtype: str) -> Chunk:
     """The chunk, if plain; else its elements as `dtype` in host memory, for what only NumPy can do: codes, adapters."""
     if chunk.coding is None and chunk.low_rank is None:
         return chunk
-    return decoded(
-        chunk if isinstance(chunk.data, Buffer) else replace(chunk, data=chunk.data.cpu().numpy().data), dtype
-    )
+    if not isinstance(chunk.data, Buffer):
+        chunk = replace(chunk, data=chunk.data.cpu().numpy().data)
+    return decoded(chunk, dtype)
 
 
 def _bytes(parts: list[torch.Tensor], good: list[torch.Tensor]) -> bytes:

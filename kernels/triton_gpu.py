@@ -368,26 +368,22 @@ class TritonGpu(Reference):
         addresses = iter(buffer.data_ptr() + int(start) for start in starts[:-1])
         matrices = []
         for index, (chunk, scales) in enumerate(chunks):
+            address = here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses)
+            scale = None
+            if scales is not None:
+                blocks = scales.row_block, scales.col_block, scales.first_row, scales.first_col
+                scale = Scale(next(addresses), scales.table.shape[1], *blocks)
             matrix = Matrix(
-                address=here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses),
+                address=address,
                 dtype=chunk.dtype,
                 rows=chunk.rows,
                 cols=chunk.cols,
                 row_stride_bytes=chunk.row_stride_bytes if index in here else chunk.cols * ITEMSIZES[chunk.dtype],
                 unit_rows=chunk.unit_rows,
-                scale=None
-                if scales is None
-                else Scale(
-                    next(addresses),
-                    scales.table.shape[1],
-                    scales.row_block,
-                    scales.col_block,
-                    scales.first_row,
-                    scales.first_col,
-                ),
                 col_weight=0 if chunk.col_weight is None else next(addresses),
                 row_weight=0 if chunk.row_weight is None else next(addresses),
                 cross=chunk.cross,
+                scale=scale,
             )
             matrices.append(matrix)
         return buffer, matrices
