@@ -30,7 +30,7 @@ def decode(chunk: Chunk, coding: Coding) -> Float64:
     """The chunk's elements, without what an adapter adds, as float64 [rows, cols]."""
     if coding.packing[0].isupper():
         return _ggml(chunk, coding)
-    level = _levels(coding)[_codes(chunk, coding)]
+    level = levels(coding)[_codes(chunk, coding)]
     scale = np.frombuffer(coding.scale or b"", np.float32).astype(np.float64)
     entry = _entries(chunk, coding)
     if coding.zero is not None:
@@ -80,7 +80,7 @@ def _numbers(run: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint8]
     return np.packbits(each, axis=2, bitorder="little")[:, :, 0]
 
 
-def _levels(coding: Coding) -> Float64:
+def levels(coding: Coding) -> Float64:
     """[2^bits]: the level of every code."""
     code = np.arange(1 << coding.bits, dtype=np.float64)
     half = 1 << (coding.bits - 1)

@@ -8,7 +8,8 @@ float32 within a unit; units are merged in float64 on the host all the same.
 
 Traffic: each stored byte is copied once into an aligned slice (the buffer may be read-only or misaligned, torch takes
 neither), which then stays in cache. Chunks whose data is a tensor are reduced on that tensor's device, without a copy
-to the host. Checked against kernels.reference, rtol 1e-9; 1e-5 where float32 is all there is.
+to the host. Codes of a byte times a scale (see `scaled`) are decoded there, other codes and adapters on the host.
+Checked against kernels.reference, rtol 1e-9; 1e-5 where float32 is all there is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from llmfp.errors import EncodingError
 from llmfp.kernels.reference import Reference, decoded
+from llmfp.kernels.scaled import Scales, scaled
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
@@ -34,6 +36,23 @@ DEVICE_SLICE_ELEMENTS = 1 << 21
 
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _TORCH_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+class _Decoder:
+    """Bytes on a device times their scales, as numbers of `real`. Their levels are looked up: mps has no FP8."""
+
+    def __init__(self, chunk: Chunk, scales: Scales, device: torch.device, real: torch.dtype) -> None:
+        import torch
+
+        self._levels = torch.from_numpy(scales.levels).to(real).to(device)
+        self._table = torch.from_numpy(scales.table.copy()).to(device).to(real)
+        self._row = (torch.arange(chunk.rows, device=device) + scales.first_row) // scales.row_block
+        self._col = (torch.arange(chunk.cols, device=device) + scales.first_col) // scales.col_block
+
+    def decoded(self, codes: torch.Tensor, start: int) -> torch.Tensor:
+        """The elements of rows from `start` on; codes uint8[n, cols]."""
+        scale = self._table[self._row[start : start + len(codes)]][:, self._col]
+        return scale.mul_(self._levels[codes.int()])
 
 
 class _Columns:
@@ -63,13 +82,12 @@ def _moments(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 def expanded(chunk: Chunk, device: str) -> torch.Tensor:
     """The chunk's elements times its weights as float32 [rows, cols], on its tensor's device, else on `device`.
 
-    NaN where they are not finite. Codes and adapters are made numbers of on the host. Checked against the reference's
-    `expand`."""
+    NaN where they are not finite. Codes other than `scaled` ones, and adapters, are made numbers of on the host.
+    Checked against the reference's `expand`."""
     import torch
 
-    if chunk.coding is not None or chunk.low_rank is not None:
-        chunk = decoded(on_host(chunk), "F32")
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chunk.dtype])
+    chunk, scales = scaled(chunk) or (decoded_on_host(chunk, "F32"), None)
+    dtype: torch.dtype = torch.uint8 if scales else getattr(torch, _TORCH_NAMES[chunk.dtype])
     shape, stride = (chunk.rows, chunk.cols * dtype.itemsize), (chunk.row_stride_bytes, 1)
     if isinstance(chunk.data, Buffer):
         stored = np.ndarray(shape, np.uint8, buffer=chunk.data, offset=chunk.offset_bytes, strides=stride)
@@ -77,6 +95,8 @@ def expanded(chunk: Chunk, device: str) -> torch.Tensor:
     else:
         values = chunk.data.as_strided(shape, stride, chunk.offset_bytes).clone(memory_format=torch.contiguous_format)
     values = values.view(dtype)
+    if scales is not None:
+        values = _Decoder(chunk, scales, values.device, torch.float32).decoded(values, 0)
     values = values if dtype.itemsize == 8 else values.to(torch.float32)
     for weight, across in ((chunk.col_weight, (1, -1)), (chunk.row_weight, (-1, 1))):
         if weight is not None:
@@ -86,11 +106,13 @@ def expanded(chunk: Chunk, device: str) -> torch.Tensor:
     return torch.where(single.isfinite(), single, torch.nan)
 
 
-def on_host(chunk: Chunk) -> Chunk:
-    """The chunk with its bytes in host memory, for what only NumPy can do: codes, adapters."""
-    if isinstance(chunk.data, Buffer):
+def decoded_on_host(chunk: Chunk, dtype: str) -> Chunk:
+    """The chunk, if plain; else its elements as `dtype` in host memory, for what only NumPy can do: codes, adapters."""
+    if chunk.coding is None and chunk.low_rank is None:
         return chunk
-    return replace(chunk, data=chunk.data.cpu().numpy().data)
+    if not isinstance(chunk.data, Buffer):
+        chunk = replace(chunk, data=chunk.data.cpu().numpy().data)
+    return decoded(chunk, dtype)
 
 
 def _bytes(parts: list[torch.Tensor], good: list[torch.Tensor]) -> bytes:
@@ -144,13 +166,14 @@ class TorchFallback(Reference):
     def marginals(self, chunk: Chunk) -> Marginals:
         import torch
 
-        if chunk.coding is not None or chunk.low_rank is not None:
-            chunk = decoded(on_host(chunk), "F32" if self._real(torch.device(self.device)).itemsize == 4 else "F64")
-        if chunk.dtype not in _TORCH_NAMES:
+        wide = "F32" if self._real(torch.device(self.device)).itemsize == 4 else "F64"
+        chunk, scales = scaled(chunk) or (decoded_on_host(chunk, wide), None)
+        if scales is None and chunk.dtype not in _TORCH_NAMES:
             raise EncodingError(f"dtype {chunk.dtype} is not supported by back end {self.name}")
-        dtype: torch.dtype = getattr(torch, _TORCH_NAMES[chunk.dtype])
+        dtype: torch.dtype = torch.uint8 if scales else getattr(torch, _TORCH_NAMES[chunk.dtype])
         device = torch.device(self.device) if isinstance(chunk.data, Buffer) else chunk.data.device
         real = self._real(device)
+        decoder = None if scales is None else _Decoder(chunk, scales, device, real)
         row_bytes = chunk.cols * dtype.itemsize
         stored: Any
         if isinstance(chunk.data, Buffer):
@@ -189,7 +212,8 @@ class TorchFallback(Reference):
                 stop = min(start + slice_rows, unit_stop)
                 here = stored[start:stop]
                 here = torch.from_numpy(here.copy()) if isinstance(here, np.ndarray) else here.clone()
-                x = here.contiguous().view(dtype).to(device).to(real)
+                x = here.contiguous().view(dtype).to(device)
+                x = x.to(real) if decoder is None else decoder.decoded(x, start)
                 largest = float(x.abs().max()) if x.numel() else 0.0
                 good_row.append(torch.ones(stop - start, dtype=torch.bool, device=device))
                 if not math.isfinite(largest):

@@ -2,8 +2,10 @@
 
 The host writes two tables, units (where, how large, which weight) and tiles (which unit, which part of it), uploads
 them, and launches the kernels of `triton_marginals` once per kind of matrix present (stored dtype, alignment, which
-axis is weighted): two kinds for a usual model. Chunks in host memory are packed into one aligned buffer on the way to
-the device; those whose data is a tensor there are reduced where they lie, as are matrices given to `reduce`.
+axis is weighted, whether scaled): two kinds for a usual model. Bytes with scales (FP8, int8, see `scaled`) are decoded
+in the kernels; other codes and adapters become float32 on the host. Chunks in host memory are packed into one aligned
+buffer on the way to the device; those whose data is a tensor there are reduced where they lie, as are matrices given to
+`reduce`.
 
 Tiles sum in float32 around a shift; merging is float64. Where a row's or column's float32 sums could not give 1e-6
 (see merge_partials), its unit is reduced again in float64 by exact_tiles, which is also how F64 is reduced.
@@ -26,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.errors import BackendError, EncodingError
-from llmfp.kernels.reference import Reference, decoded
-from llmfp.kernels.torch_fallback import on_host
+from llmfp.kernels.reference import Reference
+from llmfp.kernels.scaled import Scales, scaled
+from llmfp.kernels.torch_fallback import decoded_on_host
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
 
 if TYPE_CHECKING:
@@ -35,11 +38,12 @@ if TYPE_CHECKING:
 
 Float64 = NDArray[np.float64]
 
-ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEMSIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
+"""Bytes of an element; I8 only with scales."""
 _TRITON_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_TRITON_NAMES |= {"F8_E4M3": "float8e4nv", "F8_E5M2": "float8e5"}
+_TRITON_NAMES |= {"F8_E4M3": "float8e4nv", "F8_E5M2": "float8e5", "I8": "int8"}
 LARGEST_FINITE = {"F64": 1.7976931348623157e308, "F32": 3.4028234663852886e38, "BF16": 3.3895313892515355e38}
-LARGEST_FINITE |= {"F16": 65504.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0}
+LARGEST_FINITE |= {"F16": 65504.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0, "I8": 128.0}
 """Largest finite value of each stored dtype."""
 
 PART_ROWS = 256
@@ -47,6 +51,28 @@ PART_ROWS = 256
 FOLD_ROWS = 32
 MERGE_BLOCK = 128
 LOAD_BYTES = 16
+ROW_SHIFT = 42
+"""As in triton_marginals, which only a process with Triton loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A table of scales in device memory, as llmfp.kernels.scaled.Scales describes one in host memory.
+
+    address of float32[rows, cols]"""
+
+    address: int
+    cols: int
+    row_block: int
+    col_block: int
+    first_row: int = 0
+    first_col: int = 0
+
+    def fields(self, start: int, rows: int) -> tuple[int, ...]:
+        """What a unit of so many rows, from row `start` of the matrix, says of it: see triton_marginals.UNIT_FIELDS."""
+        top, before = divmod(self.first_row + start, self.row_block)
+        reciprocal = (1 << ROW_SHIFT) // self.row_block + 1 if before + rows > self.row_block else 0
+        return self.address + 4 * top * self.cols, self.cols, reciprocal, before, self.col_block, self.first_col
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +88,20 @@ class Matrix:
     col_weight: int = 0
     row_weight: int = 0
     cross: bool = False
+    scale: Scale | None = None
 
     @property
     def wide(self) -> bool:
-        """Whether every row starts and ends on 16 bytes, so that loads may be that wide."""
-        row_bytes = self.cols * ITEMSIZES[self.dtype]
-        return all(n % LOAD_BYTES == 0 for n in (self.address, self.row_stride_bytes, row_bytes))
+        """Whether every row starts and ends on 16 bytes, and so do its scales, so that loads may be that wide."""
+        sizes = [self.address, self.row_stride_bytes, self.cols * ITEMSIZES[self.dtype]]
+        if self.scale is not None and self.scale.first_col + self.cols > self.scale.col_block:
+            sizes += [self.scale.col_block, self.scale.first_col]
+        return all(n % LOAD_BYTES == 0 for n in sizes)
 
     @property
-    def kind(self) -> tuple[str, bool, bool, bool]:
-        """What a launch has in common: dtype, wide loads, weighted along columns, along rows."""
-        return self.dtype, self.wide, self.col_weight != 0, self.row_weight != 0
+    def kind(self) -> tuple[str, bool, bool, bool, bool]:
+        """What a launch has in common: dtype, wide loads, weighted along columns, along rows, scaled."""
+        return self.dtype, self.wide, self.col_weight != 0, self.row_weight != 0, self.scale is not None
 
     def unit(self, index: int) -> Matrix:
         """One unit of the matrix as a matrix."""
@@ -82,6 +111,7 @@ class Matrix:
             address=self.address + start * self.row_stride_bytes,
             rows=min(self.unit_rows, self.rows - start),
             row_weight=self.row_weight + 4 * start if self.row_weight else 0,
+            scale=self.scale and replace(self.scale, first_row=self.scale.first_row + start),
         )
 
 
@@ -103,24 +133,39 @@ def _kernels() -> Any:
     return importlib.import_module("llmfp.kernels.triton_marginals")
 
 
-def kernel_options(dtype: str, wide: bool, col_weight: bool, row_weight: bool, exact: bool) -> dict[str, Any]:
+def kernel_options(
+    dtype: str,
+    wide: bool,
+    col_weight: bool,
+    row_weight: bool,
+    scaled: bool = False,
+    *,
+    exact: bool,
+    by_bits: bool = False,
+) -> dict[str, Any]:
     """Compile-time arguments of marginal_tiles, or exact_tiles, for a kind of matrix: what the tests compile runs.
 
+    by_bits: e4m3 is decoded by integer arithmetic, where the GPU has no conversion.
+
     512 columns are 16 to a lane: the five shuffles per row and sum are then a tenth of the instructions, of which
-    there are 11 an element (16 weighted). More rows or columns at a time spill (ptxas for sm_80 and sm_90).
+    there are 10 an element (16 weighted; of 8-bit floats 9 and 14, with scales 11 and 16, by bits three more). More
+    rows or columns at a time spill (ptxas for sm_80 and sm_90).
     """
     import triton.language as tl
 
     itemsize = ITEMSIZES[dtype]
-    element = getattr(tl, _TRITON_NAMES[dtype])
-    weighted = col_weight or row_weight
-    return ({} if exact else {"fold_rows": FOLD_ROWS}) | {
+    element = tl.uint8 if by_bits and dtype == "F8_E4M3" else getattr(tl, _TRITON_NAMES[dtype])
+    block_rows = 2 if exact or col_weight or row_weight or itemsize == 4 else 4
+    if itemsize == 1 and (exact or (scaled and row_weight)):
+        block_rows = 1
+    return ({} if exact else {"fold_rows": FOLD_ROWS, "largest_level": LARGEST_FINITE[dtype]}) | {
         "element": element,
         "pointee": tl.uint8 if itemsize == 1 else element,
         "part_rows": PART_ROWS,
-        "block_rows": 1 if exact and itemsize == 1 else 2 if exact or weighted or itemsize == 4 else 4,
+        "block_rows": block_rows,
         "block_cols": 256 if exact else 512,
         "lane_elements": LOAD_BYTES // itemsize if wide else 1,
+        "scaled": scaled,
         "col_weight": col_weight,
         "row_weight": row_weight,
     }
@@ -169,7 +214,9 @@ class _Table:
                 weight = m.row_weight + 4 * start if m.row_weight else m.col_weight
                 address = m.address + start * m.row_stride_bytes
                 stride = m.row_stride_bytes // ITEMSIZES[m.dtype]
-                self.units.append((address, n, m.cols, stride, weight, row_partial, col_partial, row_out, cross_out))
+                scale = (0,) * 6 if m.scale is None else m.scale.fields(start, n)
+                plain = address, n, m.cols, stride, weight, row_partial, col_partial, row_out, cross_out
+                self.units.append(plain + scale)
                 self.tile_counts.append(part_count * strips)
                 self.strip_counts.append(strips)
                 unit = len(self.units) - 1
@@ -206,7 +253,7 @@ class TritonGpu(Reference):
     """Fused Triton kernels; merging of chunks and pooling are the reference's, on the host."""
 
     name = "triton_gpu"
-    dtypes = frozenset(ITEMSIZES)
+    dtypes = frozenset(ITEMSIZES) - {"I8"}
     library_bytes = 300 << 20
     scratch_per_element = 10
     scratch_per_code = 104
@@ -269,8 +316,8 @@ class TritonGpu(Reference):
         merged folds each chunk's columns on the device, so that [1, C] instead of [U, C] come back: at a GPU's
         bandwidth the unmerged columns (3 % of the bytes of bf16) would take longer than the reduction.
         """
-        plain = [chunk if _is_plain(chunk) else decoded(on_host(chunk), "F32") for chunk in chunks]
-        here = {index: chunk.data for index, chunk in enumerate(plain) if not isinstance(chunk.data, Buffer)}
+        stored = [scaled(chunk) or (decoded_on_host(chunk, "F32"), None) for chunk in chunks]
+        here = {index: chunk.data for index, (chunk, _) in enumerate(stored) if not isinstance(chunk.data, Buffer)}
         devices = {str(data.device) for data in here.values()}
         if len(devices) > 1:
             raise BackendError(f"{self.name} cannot reduce chunks on {' and '.join(sorted(devices))} in one launch")
@@ -278,24 +325,24 @@ class TritonGpu(Reference):
         if device.partition(":")[0] != self.device.partition(":")[0]:  # weights that were offloaded to the host
             device = self.device
             here = {index: data.to(device) for index, data in here.items()}
-        buffer, matrices = self._upload(plain, here, device)
+        buffer, matrices = self._upload(stored, here, device)
         try:
             return self.reduce(matrices, merged, device)
         finally:
             del buffer, here
 
     def _upload(
-        self, chunks: Sequence[Chunk], here: Mapping[int, torch.Tensor], device: str
+        self, chunks: Sequence[tuple[Chunk, Scales | None]], here: Mapping[int, torch.Tensor], device: str
     ) -> tuple[torch.Tensor, list[Matrix]]:
-        """All chunks and weights packed into one buffer on the device (rows tightly, tensors on 256 bytes).
+        """All chunks, scales and weights packed into one buffer on the device (rows tightly, tensors on 256 bytes).
 
-        here: by its number, the data of every chunk that is there already, of which only weights are packed.
+        here: by its number, the data of every chunk that is there already, of which only the rest is packed.
         """
         import torch
 
         pieces: list[NDArray[np.uint8]] = []
-        for index, chunk in enumerate(chunks):
-            if chunk.dtype not in ITEMSIZES:
+        for index, (chunk, scales) in enumerate(chunks):
+            if scales is None and chunk.dtype not in self.dtypes:
                 raise EncodingError(f"dtype {chunk.dtype} is not supported by back end {self.name}")
             if index not in here:
                 pieces.append(
@@ -307,6 +354,8 @@ class TritonGpu(Reference):
                         strides=(chunk.row_stride_bytes, 1),
                     )
                 )
+            if scales is not None:
+                pieces.append(scales.table.reshape(-1).view(np.uint8))
             pieces += [np.frombuffer(w, np.uint8) for w in (chunk.col_weight, chunk.row_weight) if w is not None]
         starts = np.cumsum([0] + [-(-piece.size // 256) * 256 for piece in pieces])
         staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
@@ -315,11 +364,17 @@ class TritonGpu(Reference):
             host[start : start + piece.size].reshape(piece.shape)[...] = piece
         buffer = staging.to(device)
 
-        # In the order in which they were packed: each chunk's elements, then its weight.
+        # In the order in which they were packed: each chunk's elements, then its scales, then its weight.
         addresses = iter(buffer.data_ptr() + int(start) for start in starts[:-1])
-        matrices = [
-            Matrix(
-                address=here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses),
+        matrices = []
+        for index, (chunk, scales) in enumerate(chunks):
+            address = here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses)
+            scale = None
+            if scales is not None:
+                blocks = scales.row_block, scales.col_block, scales.first_row, scales.first_col
+                scale = Scale(next(addresses), scales.table.shape[1], *blocks)
+            matrix = Matrix(
+                address=address,
                 dtype=chunk.dtype,
                 rows=chunk.rows,
                 cols=chunk.cols,
@@ -328,15 +383,15 @@ class TritonGpu(Reference):
                 col_weight=0 if chunk.col_weight is None else next(addresses),
                 row_weight=0 if chunk.row_weight is None else next(addresses),
                 cross=chunk.cross,
+                scale=scale,
             )
-            for index, chunk in enumerate(chunks)
-        ]
+            matrices.append(matrix)
         return buffer, matrices
 
     def reduce(self, matrices: Sequence[Matrix], merged: bool = False, device: str | None = None) -> list[Marginals]:
         """Statistics of matrices in the memory of one device, this back end's own where none is named.
 
-        Raises EncodingError for a dtype this GPU cannot convert."""
+        Raises EncodingError for a dtype there is no kernel for."""
         import torch
 
         device = device or self.device
@@ -345,7 +400,7 @@ class TritonGpu(Reference):
 
     def _reduce(self, matrices: Sequence[Matrix], merged: bool, device: str) -> list[Marginals]:
         results: dict[int, Marginals] = {}
-        kinds: dict[tuple[str, bool, bool, bool], list[int]] = {}
+        kinds: dict[tuple[str, bool, bool, bool, bool], list[int]] = {}
         for index, m in enumerate(matrices):
             self._check(m)
             kinds.setdefault(m.kind, []).append(index)
@@ -362,11 +417,13 @@ class TritonGpu(Reference):
             raise BackendError(
                 f"{self.name} cannot reduce {m.rows}x{m.cols} with a stride of {m.row_stride_bytes} bytes"
             )
-        if m.dtype == "F8_E4M3" and not self.interpreted:
-            import torch
 
-            if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 9):
-                raise EncodingError(f"dtype {m.dtype} needs compute capability 8.9 on back end {self.name}")
+    @property
+    def converts_e4m3(self) -> bool:
+        """Whether Triton can: on NVIDIA's from compute capability 8.9 on, and interpreted."""
+        import torch
+
+        return self.interpreted or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))
 
     def _certain(self, group: list[Matrix], merged: bool, device: str) -> list[_Sums]:
         """Sums of matrices of one kind; the units that float32 cannot do to 1e-6 reduced again in float64."""
@@ -403,7 +460,8 @@ class TritonGpu(Reference):
         import torch
 
         kernels = _kernels()
-        options = kernel_options(*group[0].kind, exact=exact)
+        by_bits = group[0].dtype == "F8_E4M3" and not self.converts_e4m3
+        options = kernel_options(*group[0].kind, exact=exact, by_bits=by_bits)
         table = _Table(group, options["block_cols"], merged)
         planes = 4 if group[0].col_weight or group[0].row_weight else 2
         tiles = _pairs(table.tile_counts)
@@ -431,7 +489,7 @@ class TritonGpu(Reference):
             doubts,
             table.plane,
             table.merged_plane,
-            largest_finite=LARGEST_FINITE[group[0].dtype],
+            largest_finite=LARGEST_FINITE["F32" if group[0].scale else group[0].dtype],
             exact=exact,
             block_entries=MERGE_BLOCK,
         )
@@ -442,7 +500,7 @@ class TritonGpu(Reference):
             strips = _pairs(table.strip_counts)
             wanted = np.repeat([m.cross for m in group], np.diff([*table.first_unit, len(table.units)]))
             strips = np.ascontiguousarray(strips[wanted[strips[:, 0]]])
-            names = ("element", "pointee", "block_rows", "block_cols", "lane_elements")
+            names = ("element", "pointee", "block_rows", "block_cols", "lane_elements", "scaled")
             chosen = {name: options[name] for name in names}
             self._launch(kernels.cross_products, len(strips), units, on_device(strips), means, crosses, **chosen)
             cross = crosses.cpu().numpy()
@@ -486,10 +544,6 @@ class TritonGpu(Reference):
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
-
-
-def _is_plain(chunk: Chunk) -> bool:
-    return chunk.coding is None and chunk.low_rank is None
 
 
 def _marginals(m: Matrix, sums: _Sums) -> Marginals:

@@ -25,9 +25,15 @@ import triton.language as tl
 
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
 
-UNIT_FIELDS = tl.constexpr(9)
+UNIT_FIELDS = tl.constexpr(15)
 """int64 fields of a unit: address, rows, cols, row stride (elements), weight address, offset of its row partials,
-offset of its column partials, its first output row, its first output column."""
+offset of its column partials, its first output row, its first output column; and, of scaled ones, the address of the
+first row's scales, entries from one row of scales to the next, 2^ROW_SHIFT over the rows that share an entry (rounded
+up; 0 where all do), rows of the first entry that come before the unit, and the same two of columns: columns that share
+an entry, columns of the first entry that come before the unit."""
+ROW_SHIFT = tl.constexpr(42)
+"""A row's entry is (row * reciprocal) >> ROW_SHIFT: three instructions for a division's twenty, and exact up to 2^21
+rows. Source: Granlund & Montgomery 1994, theorem 4.2."""
 JOB_FIELDS = tl.constexpr(13)
 """int64 fields of a merge: see merge_partials."""
 TILE_FIELDS = tl.constexpr(4)
@@ -38,25 +44,74 @@ SHIFT_RATIO = tl.constexpr(2.0)
 The largest error of a std among some hundreds was 1e-7 at 1, 5e-7 at 2, 1e-6 at 3, 3e-6 at 10."""
 SMALLEST_SQUARE = tl.constexpr(2.0**-100)
 LARGEST_FLOAT32 = tl.constexpr(3.4028234663852886e38)
+E4M3_LIFT = tl.constexpr(2.0**120)
+"""Between an e4m3 and the float32 with its sign, exponent and mantissa: their biases are 7 and 127."""
 
 _sum = tl.standard._sum_combine
 _max = tl.standard._elementwise_max
 
 
 @jit
-def _values(stored: tl.tensor, element: tl.constexpr, acc: tl.constexpr, exact: tl.constexpr) -> tl.tensor:
-    """Stored elements as acc. 8-bit floats arrive as uint8; exact decodes their NaN by its bits (the interpreter's
-    conversion takes e4m3 NaN for 480 and e5m2 infinity for 65536, which is enough for the fast kernel to notice)."""
+def _levels(stored: tl.tensor, element: tl.constexpr, acc: tl.constexpr, exact: tl.constexpr) -> tl.tensor:
+    """Stored elements, without their scale, as acc. Those of 8 bits arrive as uint8.
+
+    element uint8 is e4m3 where the GPU cannot convert it: its exponent and mantissa, moved to float32's, are the number
+    over 2^120. exact decodes NaN by its bits; without, e4m3's may be 480 (by its bits, and by the interpreter) and
+    e5m2's infinity 65536 (by the interpreter), which is enough for the fast kernel to notice.
+    """
     if stored.dtype == tl.uint8:
-        decoded = stored.to(element, bitcast=True).to(tl.float32)
+        if element == tl.int8:
+            decoded = stored.to(tl.int8, bitcast=True).to(tl.float32)
+        elif element == tl.uint8:
+            placed = (stored.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+            decoded = placed.to(tl.float32, bitcast=True) * E4M3_LIFT
+        else:
+            decoded = stored.to(element, bitcast=True).to(tl.float32)
         if exact:
-            if element == tl.float8e4nv:
-                decoded = tl.where((stored & 0x7F) == 0x7F, float("nan"), decoded)
-            else:
+            if element == tl.float8e5:
                 decoded = tl.where((stored & 0x7C) == 0x7C, float("nan"), decoded)
+            elif element != tl.int8:
+                decoded = tl.where((stored & 0x7F) == 0x7F, float("nan"), decoded)
     else:
         decoded = stored
     return decoded.to(acc)
+
+
+@jit
+def _scale_table(
+    unit: tl.tensor, strip: tl.tensor, cols: tl.tensor, block_cols: tl.constexpr, lane_elements: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """A strip's scales in the unit's first row of scales, one to lane_elements columns: their addresses, which exist;
+    and how to come from there to a row's: entries from one row of scales to the next, reciprocal, rows before."""
+    first = strip * block_cols + tl.arange(0, block_cols // lane_elements) * lane_elements
+    entry = (first + tl.load(unit + 14)) // tl.load(unit + 13)
+    columns = tl.load(unit + 9).to(tl.pointer_type(tl.float32)) + entry
+    return columns, first < cols, tl.load(unit + 10).to(tl.int32), tl.load(unit + 11), tl.load(unit + 12)
+
+
+@jit
+def _scales(
+    columns: tl.tensor,
+    col_ok: tl.tensor,
+    pitch: tl.tensor,
+    reciprocal: tl.tensor,
+    before: tl.tensor,
+    start: tl.tensor,
+    row_ok: tl.tensor,
+    block_rows: tl.constexpr,
+) -> tl.tensor:
+    """float32[rows, columns / lane_elements]: the scales of a block of rows, 0 outside."""
+    steps = tl.arange(0, block_rows) * reciprocal
+    entry = ((start + before) * reciprocal + steps) >> ROW_SHIFT
+    offset = entry.to(tl.int32) * pitch
+    return tl.load(columns[None, :] + offset[:, None], mask=row_ok[:, None] & col_ok[None, :], other=0.0)
+
+
+@jit
+def _times(x: tl.tensor, scale: tl.tensor, lane_elements: tl.constexpr) -> tl.tensor:
+    """Elements [rows, columns] times scales [rows, columns / lane_elements]."""
+    grouped = tl.reshape(x, [scale.shape[0], scale.shape[1], lane_elements])
+    return tl.reshape(grouped * scale[:, :, None], x.shape)
 
 
 @jit
@@ -97,6 +152,8 @@ def marginal_tiles(
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     lane_elements: tl.constexpr,
+    largest_level: tl.constexpr,
+    scaled: tl.constexpr,
     col_weight: tl.constexpr,
     row_weight: tl.constexpr,
 ) -> None:
@@ -114,9 +171,12 @@ def marginal_tiles(
     partials  float32[2 or 4, plane]: A, B, sum e, sum e^2; rows as [strip, row], columns as [part, column]
     fold_rows      rows that columns add up before they join the tile's sum: with 128 float32 additions in a row a
                    column's std was off by 1.4e-6, with levels of 16 and 8 it is a quarter of that
-    lane_elements  elements in 16 bytes, where address, row stride and width allow such loads; 1 where not
-    Elements that are not finite are neither counted nor skipped: they turn sums non-finite (or, where the interpreter
-    decodes an 8-bit NaN, the largest |x| impossible), and exact_tiles does the unit again.
+    lane_elements  elements in 16 bytes, where address, row stride and width allow such loads, and as many columns share
+                   a scale; 1 where not
+    largest_level  of the stored type: a larger one is what a conversion makes of a NaN or an infinity
+    scaled         x is a level, an element of 8 bits, times the scale of its block, rounded to float32
+    Elements that are not finite are neither counted nor skipped: they turn sums non-finite (or, where an 8-bit NaN is
+    not decoded as one, the largest |x| impossible), and exact_tiles does the unit again.
 
     Traffic: each stored byte once, 16 bytes a load and lane; writes 8 bytes (weighted 16) per row and block_cols
     elements and per column and part_rows elements: 2 to 3 % of the bytes read for bf16.
@@ -144,8 +204,11 @@ def marginal_tiles(
     col = strip * block_cols + tl.arange(0, block_cols)
     col_ok = col < cols
 
+    if scaled:
+        columns, scale_ok, pitch, reciprocal, before = _scale_table(unit, strip, cols, block_cols, lane_elements)
     if pointee == tl.uint8:
-        # An 8-bit float cannot have a mean that exceeds its std by much and still vary: no shift needed.
+        # An 8-bit float cannot have a mean that exceeds its std by much and still vary: no shift needed. Levels of one
+        # sign under scales that vary can; they are left to exact_tiles.
         shift_stored = tl.full([], 0, tl.uint8)
         shift = tl.full([], 0.0, tl.float32)
     else:
@@ -174,7 +237,9 @@ def marginal_tiles(
 
     col_sum = tl.full([block_cols], 0.0, tl.float32)
     col_square = tl.full([block_cols], 0.0, tl.float32)
-    largest = tl.full([block_cols], 0.0, tl.float32)
+    largest = tl.full([block_cols // lane_elements if scaled else block_cols], 0.0, tl.float32)
+    if scaled:
+        level = largest
     for fold in range(first_row, stop_row, fold_rows):
         fold_sum = tl.full([block_cols], 0.0, tl.float32)
         fold_square = tl.full([block_cols], 0.0, tl.float32)
@@ -190,8 +255,17 @@ def marginal_tiles(
                 mask=row_ok[:, None] & col_ok[None, :],
                 other=shift_stored,
             )
-            x = _values(stored, element, tl.float32, False)
-            largest = tl.maximum(largest, tl.reduce(tl.abs(x), 0, _max))
+            x = _levels(stored, element, tl.float32, False)
+            if scaled:
+                scale = _scales(columns, scale_ok, pitch, reciprocal, before, start, row_ok, block_rows)
+                top = tl.reduce(
+                    tl.abs(tl.reshape(x, [block_rows, block_cols // lane_elements, lane_elements])), 2, _max
+                )
+                level = tl.maximum(level, tl.reduce(top, 0, _max))
+                largest = tl.maximum(largest, tl.reduce(top * tl.abs(scale), 0, _max))
+                x = _times(x, scale, lane_elements)
+            else:
+                largest = tl.maximum(largest, tl.reduce(tl.abs(x), 0, _max))
             d = x - shift
             square = d * d
             fold_sum += tl.reduce(d, 0, _sum)
@@ -219,6 +293,8 @@ def marginal_tiles(
     if row_weight:
         tl.store(col_sums + 2 * plane + col, weighted_sum, mask=col_ok)
         tl.store(col_sums + 3 * plane + col, weighted_square, mask=col_ok)
+    if scaled:
+        largest = tl.where(level <= largest_level, largest, float("inf"))
     stats = tile_stats + tile * TILE_FIELDS
     tl.store(stats, shift)
     tl.store(stats + 1, tl.reduce(largest, 0, _max))
@@ -239,6 +315,7 @@ def exact_tiles(
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     lane_elements: tl.constexpr,
+    scaled: tl.constexpr,
     col_weight: tl.constexpr,
     row_weight: tl.constexpr,
 ) -> None:
@@ -271,6 +348,8 @@ def exact_tiles(
     col = strip * block_cols + tl.arange(0, block_cols)
     col_ok = col < cols
     cols_here = tl.minimum(cols - strip * block_cols, block_cols).to(tl.float64)
+    if scaled:
+        columns, scale_ok, pitch, reciprocal, before = _scale_table(unit, strip, cols, block_cols, lane_elements)
     if col_weight:
         weight = tl.load(weights + col, mask=col_ok, other=0.0).to(tl.float64)
 
@@ -285,7 +364,13 @@ def exact_tiles(
         row_ok = row < stop_row
         ok = row_ok[:, None] & col_ok[None, :]
         stored = tl.load(base + (row * stride)[:, None] + col[None, :], mask=ok, other=0)
-        x = _values(stored, element, tl.float64, True)
+        x = _levels(stored, element, tl.float64, True)
+        if scaled:
+            x = _times(
+                x,
+                _scales(columns, scale_ok, pitch, reciprocal, before, start, row_ok, block_rows).to(tl.float64),
+                lane_elements,
+            )
         finite = x - x == 0.0
         nonfinite += tl.reduce(tl.where(finite, 0, 1), 0, _sum)
         largest = tl.maximum(largest, tl.reduce(tl.where(finite, tl.abs(x), 0.0), 0, _max))
@@ -439,6 +524,7 @@ def cross_products(
     block_rows: tl.constexpr,
     block_cols: tl.constexpr,
     lane_elements: tl.constexpr,
+    scaled: tl.constexpr,
 ) -> None:
     """cross_j = sum over the unit's rows i of m_i x_ij, in float64; m are the (weighted) row means just merged.
 
@@ -457,6 +543,8 @@ def cross_products(
     means = row_means + tl.load(unit + 7)
     col = strip * block_cols + tl.arange(0, block_cols)
     col_ok = col < cols
+    if scaled:
+        columns, scale_ok, pitch, reciprocal, before = _scale_table(unit, strip, cols, block_cols, lane_elements)
     total = tl.full([block_cols], 0.0, tl.float64)
     for start in range(0, rows, block_rows):
         row = start + tl.arange(0, block_rows)
@@ -464,6 +552,13 @@ def cross_products(
         ok = row_ok[:, None] & col_ok[None, :]
         stored = tl.load(base + (row * stride)[:, None] + col[None, :], mask=ok, other=0)
         mean = tl.load(means + row, mask=row_ok, other=0.0)
-        total += tl.reduce(_values(stored, element, tl.float64, True) * mean[:, None], 0, _sum)
+        x = _levels(stored, element, tl.float64, True)
+        if scaled:
+            x = _times(
+                x,
+                _scales(columns, scale_ok, pitch, reciprocal, before, start, row_ok, block_rows).to(tl.float64),
+                lane_elements,
+            )
+        total += tl.reduce(x * mean[:, None], 0, _sum)
     finite = total - total == 0.0
     tl.store(cross + tl.load(unit + 8) + col, tl.where(finite, total, float("nan")), mask=col_ok)

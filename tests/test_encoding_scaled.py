@@ -38,10 +38,12 @@ def spread(scale: NDArray[Any], rows: int, cols: int, block: int = 128) -> NDArr
     return np.kron(scale.astype(np.float64), np.ones((block, block)))[:rows, :cols]
 
 
-@pytest.mark.parametrize("backend", DECODING)
+@pytest.mark.parametrize("backend", [*DECODING, "torch_fallback"])
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
 @pytest.mark.parametrize("kind", ["tensor", "row", "column of rows", "block", "E8M0", "short name"])
 def test_every_kind_of_scale(kind: str, dtype: str, backend: str, tmp_path: Path) -> None:
+    if backend == "torch_fallback":
+        pytest.importorskip("torch")
     projections, truth = {}, {}
     for role in ROLES:
         rows, cols = (288, 160) if role != "o" else (160, 288)  # neither is a multiple of 128
@@ -88,9 +90,11 @@ def test_int8_of_compressed_tensors(zeros: bool, backend: str, tmp_path: Path) -
     check_statistics(write_quantised(tmp_path, projections, stated, heads=HEADS), truth, backend)
 
 
-@pytest.mark.parametrize("backend", DECODING)
+@pytest.mark.parametrize("backend", [*DECODING, "torch_fallback"])
 def test_real_slices(backend: str, tmp_path: Path, shared_data: Path) -> None:
     """Slices of real FP8 checkpoints, against float64, and against what their library made of them in bf16."""
+    if backend == "torch_fallback":
+        pytest.importorskip("torch")
     paths = sorted((shared_data / "quantized_slices" / "fp8").glob("*.bin"))
     assert len(paths) == 3
     for path in paths:

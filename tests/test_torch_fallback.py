@@ -20,6 +20,7 @@ from llmfp.errors import EncodingError
 from llmfp.kernels import torch_fallback
 from llmfp.kernels.reference import BACKEND as REFERENCE
 from llmfp.marginals import Chunk, Marginals
+from tests.packing import SCALED, gains, scaled_chunk
 
 RTOL = 1e-9
 DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
@@ -246,6 +247,26 @@ def test_a_tensor_is_reduced_on_its_device(backend: torch_fallback.TorchFallback
     for each in (here, chunk):
         expanded = torch_fallback.expanded(each, "cpu").numpy()
         np.testing.assert_allclose(expanded, np.frombuffer(out, np.float32).reshape(70, 48), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "columns", "rows"])
+@pytest.mark.parametrize("name", SCALED)
+def test_bytes_are_scaled_on_the_device(
+    backend: torch_fallback.TorchFallback, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is decoded on the host, and slices find their scales."""
+    torch = pytest.importorskip("torch")
+    chunk = scaled_chunk(name, pad=3)
+    chunk = replace(chunk, **gains(kind, chunk.rows, chunk.cols))
+    truth, out = REFERENCE.marginals(chunk), bytearray(4 * chunk.rows * chunk.cols)
+    REFERENCE.expand(chunk, out)
+    monkeypatch.setattr(torch_fallback, "decoded", None)
+    monkeypatch.setattr(torch_fallback, "SLICE_ELEMENTS", 9 * chunk.cols)
+    here = replace(chunk, data=torch.frombuffer(bytearray(chunk.host_data), dtype=torch.uint8))
+    for each in (chunk, here):
+        assert_agrees(backend.marginals(each), truth)
+        expanded = torch_fallback.expanded(each, "cpu").numpy()
+        np.testing.assert_allclose(expanded, np.frombuffer(out, np.float32).reshape(expanded.shape), rtol=1e-6)
 
 
 def test_a_device_without_float64_is_good_to_a_hundred_thousandth(

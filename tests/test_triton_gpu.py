@@ -27,11 +27,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from llmfp.errors import BackendError, EncodingError
+from llmfp.hardware import samples
 from llmfp.kernels import triton_gpu
 from llmfp.kernels.reference import BACKEND as REFERENCE
 from llmfp.kernels.reference import decode
-from llmfp.marginals import Chunk, Marginals, Moments
+from llmfp.kernels.scaled import MAX_ROWS, scaled
+from llmfp.marginals import Chunk, Coding, LowRank, Marginals, Moments
 from llmfp.marginals import unit_rows as standard_unit_rows
+from tests.packing import SCALED, gains, scaled_chunk
 
 RTOL = 1e-6
 BITS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -125,7 +128,9 @@ def spread_of(chunk: Chunk) -> float:
 def assert_agrees(ours: Marginals, truth: Marginals, chunk: Chunk) -> None:
     """Every std within RTOL (plus float64's own noise about the mean), every mean within RTOL of a std; NaN alike."""
     assert ours.counts == truth.counts
-    assert (ours.abs_max, ours.nonfinite) == (truth.abs_max, truth.nonfinite)
+    assert ours.nonfinite == truth.nonfinite
+    # Of scaled elements the largest is a float32's rounding off.
+    assert ours.abs_max == (truth.abs_max if chunk.coding is None else pytest.approx(truth.abs_max, rel=2.0**-23))
     lengths = {"row": chunk.cols, "weighted_row": chunk.cols}
     spread = spread_of(chunk)
     for name in ("row", "col", "weighted_row", "weighted_col"):
@@ -333,10 +338,220 @@ def test_one_launch_serves_many_chunks(backend: triton_gpu.TritonGpu, monkeypatc
         assert_agrees(ours, REFERENCE.marginals(chunk), chunk)
 
 
+# Bytes with scales.
+
+
+@pytest.fixture(params=["converted", "by bits"])
+def e4m3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to read an e4m3: the GPU's conversion, and integer arithmetic."""
+    monkeypatch.setattr(triton_gpu.TritonGpu, "converts_e4m3", request.param == "converted")
+    return str(request.param)
+
+
+def packings(backend: triton_gpu.TritonGpu, patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the bytes packed for the device."""
+    packed: list[int] = []
+    upload = backend._upload
+
+    def noting(*arguments: Any) -> Any:
+        buffer, matrices = upload(*arguments)
+        packed.append(len(buffer))
+        return buffer, matrices
+
+    patch.setattr(backend, "_upload", noting)
+    return packed
+
+
+@pytest.mark.parametrize("kind", ["columns", "rows"])
+@pytest.mark.parametrize("name", SCALED)
+def test_bytes_are_scaled_in_the_kernel(
+    backend: triton_gpu.TritonGpu, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, at that; and nothing but codes, scales and weights is sent."""
+    chunk = scaled_chunk(name)
+    chunk = replace(chunk, **gains(kind, chunk.rows, chunk.cols))
+    packed, seen = packings(backend, monkeypatch), launches(backend, monkeypatch)
+    ours = backend.marginals(chunk)
+    assert_agrees(ours, REFERENCE.marginals(chunk), chunk)
+    assert seen == ["marginal_tiles", "merge_partials"] + ["cross_products"] * (kind == "columns")
+    assert chunk.coding is not None
+    sent = [chunk.rows * chunk.cols, 4 * chunk.coding.scale_rows * chunk.coding.scale_cols]
+    sent += [len(w) for w in (chunk.col_weight, chunk.row_weight) if w is not None]
+    assert packed[0] <= sum(-(-n // 256) * 256 for n in sent)
+
+
+@pytest.mark.parametrize("name", ["inside a block", "per tensor"])
+def test_bytes_on_the_device_stay_there(
+    backend: triton_gpu.TritonGpu, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = scaled_chunk(name, pad=16)
+    packed = packings(backend, monkeypatch)
+    assert_agrees(backend.marginals(on_the_device(chunk)), REFERENCE.marginals(chunk), chunk)
+    assert packed == [256], "the scales alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("inside a block", "columns"),
+        ("e5m2, any alignment", "rows"),
+        ("per row", "rows"),
+        ("per tensor", "columns"),
+        ("int8 per row", "columns"),
+    ],
+)
+def test_scales_of_any_magnitude(backend: triton_gpu.TritonGpu, name: str, kind: str) -> None:
+    """What float32 cannot do is done in float64, from the codes: their products overflow float32, and vanish in it."""
+    chunk = replace(scaled_chunk(name), rows=10)  # the interpreter takes long in float64
+    assert chunk.coding is not None
+    scale = np.frombuffer(chunk.coding.scale or b"", np.float32).astype(np.float64)
+    for largest in (1e-37, 3e38):
+        coding = replace(chunk.coding, scale=(scale / np.nanmax(np.abs(scale)) * largest).astype(np.float32).tobytes())
+        scaled = replace(chunk, coding=coding, **gains(kind, chunk.rows, chunk.cols))
+        assert_agrees(backend.marginals(scaled), REFERENCE.marginals(scaled), scaled)
+
+
+@pytest.mark.parametrize("levels", ["F8_E4M3", "F8_E5M2", "int"])
+def test_codes_and_scales_that_are_no_usual_numbers(backend: triton_gpu.TritonGpu, levels: str, e4m3: str) -> None:
+    """Every code times every scale: NaN and infinity are where the definition has them, and 0 times infinity is NaN."""
+    if levels != "F8_E4M3" and e4m3 == "by bits":
+        pytest.skip("nothing is read by bits")
+    scale = np.array([[1.0, np.nan, 0.0, 3e38], [2.0, 0.5, 1e-45, 1.0], [-np.inf, -3.0, 1.0, 0.25]], np.float32)
+    table = {"scale": scale.tobytes(), "scale_rows": 3, "scale_cols": 4}
+    coding = Coding("row", 8, levels=levels, row_block=16, col_block=16, **table)
+    data = np.tile(np.arange(256, dtype=np.uint8).reshape(16, 16), (3, 4))
+    for rows, cols in ((slice(0, 48), slice(0, 64)), (slice(16, 32), slice(32, 48)), (slice(20, 40), slice(0, 16))):
+        place = {"first_row": rows.start, "first_col": cols.start}
+        sizes = rows.stop - rows.start, cols.stop - cols.start
+        chunk = Chunk(data[rows].tobytes(), "", *sizes, 0, 64, 32, coding=coding, **place)
+        assert_agrees(backend.marginals(chunk), REFERENCE.marginals(chunk), chunk)
+
+
+@pytest.mark.parametrize(("levels", "code"), [("F8_E4M3", 0x7F), ("F8_E4M3", 0xFF), ("F8_E5M2", 0xFC)])
+def test_one_code_that_is_no_number_is_found(
+    backend: triton_gpu.TritonGpu, levels: str, code: int, e4m3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among usual ones, whether it is converted to a NaN, or to 480 or 65536."""
+    if levels == "F8_E5M2" and e4m3 == "by bits":
+        pytest.skip("nothing is read by bits")
+    codes = samples.encode(np.random.default_rng(14).normal(0, 1, (40, 48)).astype(np.float32), levels)
+    codes[33, 7] = code
+    scale = np.array([[0.5, 0.25, 2.0]], np.float32)
+    coding = Coding("row", 8, levels=levels, scale=scale.tobytes(), scale_cols=3, row_block=40, col_block=16)
+    chunk = Chunk(codes.tobytes(), "", 40, 48, 0, 48, 40, coding=coding)
+    seen = launches(backend, monkeypatch)
+    ours = backend.marginals(chunk)
+    assert ours.nonfinite == 1
+    assert_agrees(ours, REFERENCE.marginals(chunk), chunk)
+    assert seen == ["marginal_tiles", "merge_partials", "exact_tiles", "merge_partials"]
+
+
+def test_every_e4m3_by_its_bits(backend: triton_gpu.TritonGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU cannot convert it: a row of each code, so that means are codes."""
+    monkeypatch.setattr(triton_gpu.TritonGpu, "converts_e4m3", False)
+    codes = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 16, 1)
+    chunk = Chunk(codes.tobytes(), "F8_E4M3", 256, 16, 0, 16, 64)
+    ours, truth = backend.marginals(chunk), REFERENCE.marginals(chunk)
+    np.testing.assert_array_equal(np.frombuffer(ours.row.mean), np.frombuffer(truth.row.mean))
+    assert (ours.abs_max, ours.nonfinite) == (truth.abs_max, truth.nonfinite) == (448.0, 32)
+
+
+@pytest.mark.parametrize("name", ["partial blocks", "per row"])
+def test_usual_weights_by_their_bits(backend: triton_gpu.TritonGpu, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = scaled_chunk(name)
+    converted = backend.marginals(chunk)
+    monkeypatch.setattr(triton_gpu.TritonGpu, "converts_e4m3", False)
+    seen = launches(backend, monkeypatch)
+    assert backend.marginals(chunk) == converted
+    assert seen == ["marginal_tiles", "merge_partials"]
+
+
+def test_one_launch_serves_all_ways_to_scale(backend: triton_gpu.TritonGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks, rows and groups are one kind, host or device; what is not scaled is another. Repeated, the same bytes."""
+    chunks = [scaled_chunk(name) for name in ("inside a block", "groups of columns", "per row")]
+    chunks.append(on_the_device(chunks[0]))
+    rng = np.random.default_rng(13)
+    chunks.append(chunk_of(rng.normal(0, 1, (32, 48)), "F8_E4M3"))
+    alone = [backend.marginals(chunk) for chunk in chunks]
+    seen = launches(backend, monkeypatch)
+    assert backend.marginals_many(chunks) == alone
+    assert seen == ["marginal_tiles", "merge_partials"] * 2
+    assert alone[0] == alone[3]
+
+
+def test_scaled_units_merge_and_are_cut_anywhere(backend: triton_gpu.TritonGpu) -> None:
+    """A chunk in two, in the middle of a block of scales, is the same to the bit; merged on the device to 1e-6."""
+    whole = scaled_chunk("partial blocks")
+    top = replace(whole, rows=64)
+    rest = replace(whole, rows=96, first_row=64, offset_bytes=64 * whole.row_stride_bytes)
+    parts = backend.marginals_many([top, rest])
+    assert backend.merge(parts) == backend.merge([backend.marginals(whole)])
+    truth = REFERENCE.merge([REFERENCE.marginals(whole)])
+    assert_agrees(backend.marginals_many([whole], merged=True)[0], truth, whole)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    row_block=st.integers(1, MAX_ROWS - 1024) | st.integers(1, 300),
+    first_row=st.integers(0, MAX_ROWS),
+    start=st.integers(0, 1000),
+    rows=st.integers(1, 1024),
+)
+def test_a_reciprocal_divides_exactly(row_block: int, first_row: int, start: int, rows: int) -> None:
+    """In the kernel's integers: the product below 2^63, the entry that of a division."""
+    scale = triton_gpu.Scale(0, 1, row_block, 1, first_row % row_block)
+    address, _, reciprocal, before, *_ = scale.fields(start, rows)
+    for row in {0, 1, rows - 1, row_block - 1 - before, row_block - before, 2 * row_block - before} & set(range(rows)):
+        product = (before + row) * reciprocal
+        assert product < 2**63
+        assert address // 4 + (product >> triton_gpu.ROW_SHIFT) == (first_row % row_block + start + row) // row_block
+
+
+NOT_JUST_SCALED: dict[str, dict[str, Any]] = {
+    "4 bits": {"bits": 4},
+    "columns of words": {"packing": "down"},
+    "offset levels": {"levels": "offset"},
+    "zero points": {"zero": bytes(16)},
+    "shifts": {"shift": bytes(16)},
+    "flat blocks": {"flat_block": 64},
+    "groups of rows": {"row_group": bytes(4 * 161)},
+    "groups of columns": {"col_group": bytes(4 * 177)},
+    "no scales": {"scale": None},
+    "too few scales": {"scale": bytes(12)},
+    "too few rows of scales": {"scale_rows": 1, "scale": bytes(8)},
+    "too few columns of scales": {"scale_cols": 1, "scale": bytes(8)},
+    "no rows to a scale": {"row_block": 0},
+    "columns below 0": {"col_block": -1},
+}
+
+
+@pytest.mark.parametrize("change", NOT_JUST_SCALED)
+def test_what_is_not_just_scaled_is_left_to_the_definition(change: str) -> None:
+    chunk = scaled_chunk("partial blocks")
+    assert chunk.coding is not None
+    assert scaled(chunk) is not None
+    assert scaled(replace(chunk, coding=replace(chunk.coding, **NOT_JUST_SCALED[change]))) is None
+    assert scaled(replace(chunk, low_rank=LowRank(1, bytes(4 * 160), bytes(4 * 176)))) is None
+    assert scaled(replace(chunk, first_row=-1)) is None
+    assert scaled(replace(chunk, first_row=128)) is None
+
+
+@pytest.mark.parametrize(("limit", "needed"), [("MAX_ROWS", 128 + 64), ("MAX_ENTRIES", 2 * 2)])
+def test_what_a_kernel_cannot_index_is_left_to_the_definition(
+    limit: str, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 128 rows and units of 64, of which one takes at most two rows of two scales."""
+    chunk = scaled_chunk("partial blocks")
+    monkeypatch.setattr(f"llmfp.kernels.scaled.{limit}", needed)
+    assert scaled(chunk) is not None
+    monkeypatch.setattr(f"llmfp.kernels.scaled.{limit}", needed - 1)
+    assert scaled(chunk) is None
+
+
 def on_the_device(chunk: Chunk) -> Chunk:
     """The same chunk with its bytes in a tensor, which on a GPU would be there."""
     torch = pytest.importorskip("torch")
-    return replace(chunk, data=torch.frombuffer(bytearray(chunk.host_data), dtype=torch.uint8))
+    return replace(chunk, data=torch.frombuffer(bytearray(chunk.host_data), dtype=torch.uint8).clone())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -347,15 +562,7 @@ def test_a_chunk_on_the_device_is_reduced_where_it_lies(
     """No copy of it is packed: only the weights are."""
     rng = np.random.default_rng(12)
     chunk = chunk_of(rng.normal(0, 1, (70, 48)), dtype, 32, col_weight=rng.normal(1, 0.1, 48), pad=pad, offset=offset)
-    packed: list[int] = []
-    upload = backend._upload
-
-    def noting(*arguments: Any) -> Any:
-        buffer, matrices = upload(*arguments)
-        packed.append(len(buffer))
-        return buffer, matrices
-
-    monkeypatch.setattr(backend, "_upload", noting)
+    packed = packings(backend, monkeypatch)
     here = backend.marginals(on_the_device(chunk))
     assert packed[-1] == 256, "the weights alone"
     assert_agrees(here, REFERENCE.marginals(chunk), chunk)
@@ -466,6 +673,8 @@ PLAIN, BY_COLUMN, BY_ROW = (False, False), (True, False), (False, True)
 KINDS = [("BF16", weights, False) for weights in (PLAIN, BY_COLUMN, BY_ROW)]
 KINDS += [(dtype, BY_COLUMN, False) for dtype in ("F16", "F32", "F8_E4M3", "F8_E5M2")]
 KINDS += [("BF16", BY_COLUMN, True), ("F64", BY_ROW, True), ("F8_E5M2", BY_COLUMN, True)]
+SCALED_KINDS = [("F8_E4M3", weights, False) for weights in (PLAIN, BY_COLUMN, BY_ROW)]
+SCALED_KINDS += [("I8", BY_COLUMN, False), ("F8_E4M3", BY_ROW, True)]
 
 
 @pytest.fixture(scope="module")
@@ -506,13 +715,20 @@ def spilled_bytes(ptx: str, target: str, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("dtype", "weights", "exact"), KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "weights", "exact", "scaled"),
+    [(*kind, False) for kind in KINDS] + [(*kind, True) for kind in SCALED_KINDS],
+)
 def test_compiles_with_wide_loads_and_no_spills(
-    kernels: ModuleType, target: str, dtype: str, weights: tuple[bool, bool], exact: bool, tmp_path: Path
+    kernels: ModuleType,
+    target: str,
+    dtype: str,
+    weights: tuple[bool, bool],
+    exact: bool,
+    scaled: bool,
+    tmp_path: Path,
 ) -> None:
-    if target == "sm_80" and dtype == "F8_E4M3":
-        pytest.skip("sm_80 has no e4m3")
-    options = triton_gpu.kernel_options(dtype, True, *weights, exact=exact)
+    options = triton_gpu.kernel_options(dtype, True, *weights, scaled, exact=exact, by_bits=target == "sm_80")
     kernel = kernels.exact_tiles if exact else kernels.marginal_tiles
     ptx = compiled(kernel, target, options, "fp64" if exact else "fp32").asm["ptx"]
     assert ".local" not in ptx
@@ -525,6 +741,18 @@ def test_compiles_with_wide_loads_and_no_spills(
     assert wide >= lane_bytes // widest
     if triton_gpu.ITEMSIZES[dtype] < 4:
         assert not re.search(r"ld\.global[\w.:]*\.b(?:16|8)\s", ptx), "an element loaded by itself"
+
+
+def test_scales_stay_in_their_lanes(kernels: ModuleType) -> None:
+    """A lane multiplies what it loaded by what it loaded: scaling adds no shuffle, no shared memory and no barrier."""
+    ptx = []
+    for with_scales in (False, True):
+        options = triton_gpu.kernel_options("F8_E4M3", True, *PLAIN, with_scales, exact=False)
+        ptx.append(compiled(kernels.marginal_tiles, "sm_90", options).asm["ptx"])
+    for exchange in ("bar.sync", "ld.shared", "st.shared", "ldmatrix"):
+        assert ptx[0].count(exchange) == ptx[1].count(exchange), exchange
+    # of the tile's largest |x|, there is one to every sixteen columns: the same five shuffles
+    assert ptx[0].count("shfl.sync") == ptx[1].count("shfl.sync")
 
 
 def test_narrow_matrices_get_narrow_loads(kernels: ModuleType) -> None:
@@ -543,20 +771,30 @@ def test_the_small_kernels_compile_without_spills(kernels: ModuleType, target: s
         "exact": False,
     }
     merge = compiled(kernels.merge_partials, target, constants)
-    options = triton_gpu.kernel_options("BF16", True, *PLAIN, exact=False)
-    names = ("element", "pointee", "block_rows", "block_cols", "lane_elements")
-    cross = compiled(kernels.cross_products, target, {name: options[name] for name in names})
-    for kernel in (merge, cross):
+    names = ("element", "pointee", "block_rows", "block_cols", "lane_elements", "scaled")
+    built = [merge]
+    for dtype in ("BF16", "F8_E4M3"):
+        options = triton_gpu.kernel_options(dtype, True, *PLAIN, dtype != "BF16", exact=False, by_bits=True)
+        cross = compiled(kernels.cross_products, target, {name: options[name] for name in names})
+        assert re.search(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", cross.asm["ptx"])
+        built.append(cross)
+    for kernel in built:
         assert ".local" not in kernel.asm["ptx"]
         assert spilled_bytes(kernel.asm["ptx"], target, tmp_path) == 0
-    assert re.search(r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", cross.asm["ptx"])
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weights"), [("BF16", PLAIN), ("F16", BY_COLUMN), ("F32", BY_ROW), ("F8_E5M2", PLAIN)]
+    ("dtype", "weights", "scaled"),
+    [
+        ("BF16", PLAIN, False),
+        ("F16", BY_COLUMN, False),
+        ("F32", BY_ROW, False),
+        ("F8_E5M2", PLAIN, False),
+        ("F8_E4M3", BY_COLUMN, True),
+    ],
 )
-def test_compiles_for_amd(kernels: ModuleType, dtype: str, weights: tuple[bool, bool]) -> None:
-    options = triton_gpu.kernel_options(dtype, True, *weights, exact=False)
+def test_compiles_for_amd(kernels: ModuleType, dtype: str, weights: tuple[bool, bool], scaled: bool) -> None:
+    options = triton_gpu.kernel_options(dtype, True, *weights, scaled, exact=False, by_bits=True)
     assembly = compiled(kernels.marginal_tiles, "gfx942", options).asm["amdgcn"]
     assert re.search(r"_load_dwordx4", assembly)
     assert re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly) == ["0"]

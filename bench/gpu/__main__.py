@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ import torch
 from llmfp.hardware import machine, samples
 from llmfp.kernels import load, on
 from llmfp.kernels.reference import decode
-from llmfp.kernels.triton_gpu import Matrix, TritonGpu
-from llmfp.marginals import Chunk, unit_rows
+from llmfp.kernels.triton_gpu import Matrix, Scale, TritonGpu
+from llmfp.marginals import Chunk, Coding, unit_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+SCALED = ("F8_E4M3", "F8_E5M2")
+"""Also with a scale per block of BLOCK rows and columns, decoded in the kernel."""
+BLOCK = 128
 SHAPES = [(1, 1), (5, 123), (123, 5), (257, 130), (312, 520), (64, 4096)]
 SETS = 4
 SET_BYTES = 512 << 20
@@ -63,11 +66,14 @@ def main(arguments: list[str]) -> int:
         print(f"error: {note}", file=sys.stderr)
         return 2
     largest = check(backend)
-    print(f"right: {len(SHAPES)} shapes of {len(DTYPES)} dtypes, largest error of a σ {largest:.1e}\n")
+    kinds = f"{len(DTYPES)} dtypes, and of {len(SCALED)} with scales"
+    print(f"right: {len(SHAPES)} shapes of {kinds}, largest error of a σ {largest:.1e}\n")
     rows = [*ceilings(setting)]
     read = next(row["gbps"] for row in rows if row["name"] == "read: torch.sum of int32")
     for dtype in DTYPES:
         rows += kernels(setting, backend, dtype)
+    for dtype in SCALED:
+        rows += kernels(setting, backend, dtype, scaled=True)
     for row in rows:
         row["of_read"] = row["gbps"] / read
     print(table(rows))
@@ -79,11 +85,12 @@ def main(arguments: list[str]) -> int:
 def check(backend: Any) -> float:
     """The largest relative error of a row's or column's σ, against float64. Raises AssertionError above 1e-6."""
     rng, largest, reference = np.random.default_rng(0), 0.0, load("reference")
-    for dtype in DTYPES:
+    for dtype, scaled in [(dtype, False) for dtype in DTYPES] + [(dtype, True) for dtype in SCALED]:
         for rows, cols in SHAPES:
             stored = samples.encode(rng.normal(0.0, 1.0, rows * cols).astype(np.float32), dtype)
             gain = rng.normal(1, 0.1, cols).astype(np.float32).data.cast("B")
             chunk = Chunk(stored.tobytes(), dtype, rows, cols, 0, cols * stored.itemsize, unit_rows(cols), gain)
+            chunk = replace(chunk, coding=scales(dtype, rows, cols)) if scaled else chunk
             ours, truth = backend.marginals(chunk), reference.marginals(chunk)
             for name in ("row", "col", "weighted_row"):
                 x, y = (np.sqrt(np.frombuffer(getattr(each, name).m2)) for each in (ours, truth))
@@ -103,22 +110,53 @@ def ceilings(setting: Setting) -> list[dict[str, Any]]:
     ]
 
 
-def kernels(setting: Setting, backend: Any, dtype: str) -> list[dict[str, Any]]:
+def scales(levels: str, rows: int, cols: int, repeats: int = 1) -> Coding:
+    """Bytes with a scale per block, the whole repeated: scales of a model's size that differ by a factor of three."""
+    shape = -(-rows // BLOCK), -(-cols // BLOCK)
+    scale = np.tile(np.random.default_rng(1).uniform(1e-4, 3e-4, shape).astype(np.float32), (repeats, 1))
+    sizes = {"scale_rows": len(scale), "scale_cols": shape[1], "row_block": BLOCK, "col_block": BLOCK}
+    return Coding("row", 8, levels=levels, scale=scale.tobytes(), **sizes)
+
+
+def kernels(setting: Setting, backend: Any, dtype: str, scaled: bool = False) -> list[dict[str, Any]]:
     """The fused kernel and its peers on one dtype."""
     stored = samples.block(dtype)
     stored = stored[: setting.set_bytes // stored.itemsize]
-    std = float(decode(chunk_of(dtype, stored.tobytes(), stored.nbytes)).std())
+    repeats = setting.set_bytes // stored.nbytes
+    coding = table = scale = None
+    once = chunk_of(dtype, stored.tobytes(), stored.nbytes)
+    if scaled:
+        once = replace(once, coding=scales(dtype, once.rows, samples.COLS))
+        coding = scales(dtype, once.rows, samples.COLS, repeats)
+        table = torch.frombuffer(bytearray(coding.scale or b""), dtype=torch.float32).to(setting.device)
+        scale = Scale(table.data_ptr(), coding.scale_cols, BLOCK, BLOCK)
+    std = float(decode(once).std())
     block = torch.from_numpy(stored.view(np.uint8))
-    sets = [block.repeat(setting.set_bytes // len(block)).to(setting.device) for _ in range(SETS)]
+    sets = [block.repeat(repeats).to(setting.device) for _ in range(SETS)]
     tensors = [each.view(getattr(torch, DTYPES[dtype])).view(-1, samples.COLS) for each in sets]
-    chunks = [chunk_of(dtype, each, len(each)) for each in sets]
+    chunks = [replace(chunk_of(dtype, each, len(each)), coding=coding) for each in sets]
 
     def reduced(i: int) -> Any:
         if not isinstance(backend, TritonGpu):
             return backend.marginals(chunks[i])
         chunk = chunks[i]
-        matrix = Matrix(sets[i].data_ptr(), dtype, chunk.rows, chunk.cols, chunk.row_stride_bytes, chunk.unit_rows)
+        matrix = Matrix(
+            sets[i].data_ptr(),
+            dtype,
+            chunk.rows,
+            chunk.cols,
+            chunk.row_stride_bytes,
+            chunk.unit_rows,
+            scale=scale,
+        )
         return backend.reduce([matrix], merged=True, device=setting.device)[0]
+
+    def numbers(i: int) -> torch.Tensor:
+        x = tensors[i].float()
+        if table is None:
+            return x
+        rows = min(BLOCK, len(x))
+        return x.view(-1, rows, samples.COLS // BLOCK, BLOCK) * table.view(-1, 1, samples.COLS // BLOCK, 1)
 
     def sigma(found: Any) -> float:
         if isinstance(found, torch.Tensor):
@@ -127,7 +165,8 @@ def kernels(setting: Setting, backend: Any, dtype: str) -> list[dict[str, Any]]:
         return float(np.sqrt(np.frombuffer(total.m2)[0] / tensors[0].numel()))
 
     variants: dict[str, tuple[Work, float]] = {f"{backend.name}, end to end": (reduced, 1e-6)}
-    variants["x.float().std()"] = (lambda i: tensors[i].float().std(correction=0), 1e-4)
+    named = "x.float().std()" if table is None else "(x.float() * scale).std()"
+    variants[named] = (lambda i: numbers(i).std(correction=0), 1e-4)
     if stored.itemsize > 1:
         variants["x.std()"] = (lambda i: tensors[i].std(correction=0), 5e-3)
         variants["torch._foreach_norm"] = (
@@ -136,7 +175,8 @@ def kernels(setting: Setting, backend: Any, dtype: str) -> list[dict[str, Any]]:
     rows = []
     for name, (work, tolerance) in variants.items():
         assert abs(sigma(work(0)) / std - 1) <= tolerance, (dtype, name, sigma(work(0)), std)
-        rows.append(row(setting, f"{dtype} {name}", setting.set_bytes, work))
+        kind = f"{dtype}, {BLOCK}×{BLOCK} scales" if scaled else dtype
+        rows.append(row(setting, f"{kind} {name}", setting.set_bytes, work))
     return rows
 
 
