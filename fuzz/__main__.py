@@ -1,8 +1,9 @@
-"""`python -m fuzz PARSER [--seconds N]`: coverage-guided damage to files, with atheris.
+"""`python -m fuzz PARSER [--seconds N] [--corpus DIR]`: coverage-guided damage to files, with atheris.
 
 A run ends at the first input on which a parser raises anything but the project's own error or takes over two seconds;
-atheris then leaves that input in the current directory. Seeds are good files, made here. Memory is bounded by
-libFuzzer's limit of 2 GiB for the process. README.md says for how long the parsers have been run.
+atheris then leaves that input in the current directory. Seeds are good files, made here; inputs that reach new code
+are added to the corpus, from which the next run on it starts. Memory is bounded by libFuzzer's limit of 2 GiB for the
+process. README.md says for how long the parsers have been run.
 """
 
 from __future__ import annotations
@@ -166,11 +167,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fuzz")
     parser.add_argument("parser", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--corpus", type=Path, help="where inputs that reach new code are kept, PARSER/ below it")
     arguments = parser.parse_args()
     name, seed, parse = TARGETS[arguments.parser]
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus"
-        corpus.mkdir()
+        corpus = (arguments.corpus or Path(folder) / "corpus") / arguments.parser
+        corpus.mkdir(parents=True, exist_ok=True)
         (corpus / "seed").write_bytes(seed())
         path = Path(folder) / name
 

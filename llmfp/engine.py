@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmfp import column_runs
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
 from llmfp.encoding import decode_gain
@@ -218,7 +219,7 @@ class _Scan:
         try:
             data, position = self.reader.read(step)
             chunks = [self._chunk(task, p, step, data, position, first, decoder) for p in task.projections]
-            parts = [self.backend.marginals(chunk) for chunk in chunks]
+            parts = [column_runs.marginals(self.backend, chunk) for chunk in chunks]
             if (task.tower, task.layer) in self.plan.circuits and not step.second:
                 self._multiply(number, chunks, position + step.nbytes)
             del data, chunks
@@ -246,10 +247,12 @@ class _Scan:
     ) -> Chunk:
         """The step's rows of one projection, as the kernel sees them."""
         view, encoding, coding = projection.view, task.tensor.encoding, decoder.coding
+        run_bytes = 0
         first_row = task.first_row + step.group * task.group_rows + step.row
         if coding is None or encoding is None:
             itemsize = task.tensor.itemsize
             dtype, offset, stride = task.tensor.dtype, (view.start - task.first) * itemsize, task.row_stride * itemsize
+            run_bytes = view.group_stride * itemsize
         else:
             dtype, offset, stride = "", 0, encoding.row_bytes
             coding = replace(coding, place=encoding.place(task.tensor.shape[0], first_row))
@@ -263,7 +266,7 @@ class _Scan:
             data=data,
             dtype=dtype,
             rows=step.rows,
-            cols=view.cols,
+            cols=view.all_cols,
             offset_bytes=position + offset,
             row_stride_bytes=stride,
             unit_rows=task.unit_rows,
@@ -274,6 +277,9 @@ class _Scan:
             low_rank=decoder.low_rank,
             first_row=first_row,
             first_col=view.start % task.row_stride,
+            col_runs=view.col_runs,
+            run_cols=view.group_stride,
+            run_bytes=run_bytes,
         )
 
     def _weights(self, task: Task, projection: Projection, step: Step) -> tuple[Buffer | None, Buffer | None]:
@@ -440,7 +446,7 @@ class _Scan:
 
     def _estimate(self, projection: Projection, marginals: Marginals, blocks: Blocks | None) -> Statistics:
         """What the rows of a sample say of all rows."""
-        rows, cols = sum(marginals.counts), projection.view.cols
+        rows, cols = sum(marginals.counts), projection.view.all_cols
         total = self.backend.pool(marginals.row, cols, rows)
         around = None
         if blocks is not None:
@@ -459,7 +465,7 @@ class _Scan:
 
     def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
         rows = sum(marginals.counts)
-        cols = projection.view.cols
+        cols = projection.view.all_cols
         total = self.backend.pool(marginals.row, cols, rows)
         by_rows = projection.residual_is_stored_rows
         along, count = (marginals.row, cols) if by_rows else (marginals.col, rows)

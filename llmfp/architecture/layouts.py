@@ -47,7 +47,7 @@ def lay_bias(view: WeightView, bias: TensorSpec) -> WeightView | None:
     if bias.shape != (stored_cols if view.transposed else stored_rows,):
         return None
     if view.transposed:
-        return WeightView(bias, 1, 1, view.cols, view.start, view.cols, view.cols, False)
+        return WeightView(bias, 1, view.groups, view.cols, view.start, stored_cols, view.group_stride, False)
     first, stride = view.start // view.row_stride, view.group_stride // view.row_stride
     return WeightView(bias, 1, view.groups, view.rows, first, view.groups * stride, stride, False)
 
@@ -111,19 +111,20 @@ def _split(
             "and equal keys and values"
         )
     groups = _groups(checkpoint, spec, names.fused, o.inputs, kv_outputs, config)
-    if in_out and groups > 1:
-        raise _interleaved(checkpoint, spec)
     views, first = {}, 0
     for letter in names.fused.order:
         size = (o.inputs if letter == Role.Q else kv_outputs) // groups
-        if in_out:
-            views[Role(letter)] = WeightView(spec, 1, rows, size, first, rows * cols, cols, True)
-        else:
-            views[Role(letter)] = WeightView(
-                spec, groups, size, cols, first * cols, outputs // groups * cols, cols, False
-            )  # fmt: skip
+        views[Role(letter)] = _grouped(spec, groups, first, size, outputs // groups, in_out=in_out)
         first += size
     return views
+
+
+def _grouped(spec: TensorSpec, groups: int, first: int, size: int, stride: int, *, in_out: bool) -> WeightView:
+    """Of every `stride` outputs, `groups` times, the `size` from the `first` on."""
+    rows, cols = spec.shape
+    if in_out:
+        return WeightView(spec, groups, rows, size, first, stride, cols, True)
+    return WeightView(spec, groups, size, cols, first * cols, stride * cols, cols, False)
 
 
 def _in_out(spec: TensorSpec, names: TowerNames) -> bool:
@@ -144,13 +145,6 @@ def _check_lora(checkpoint: Checkpoint, spec: TensorSpec, names: TowerNames) -> 
                 f"{spec.name!r}, {outputs} outputs of {inputs} inputs",
                 hint="is the base the model that the adapter was trained on?",
             )
-
-
-def _interleaved(checkpoint: Checkpoint, spec: TensorSpec) -> ArchitectureError:
-    return ArchitectureError(
-        f"{named(checkpoint, spec)} interleaves its heads along its stored columns, which is not supported",
-        hint="scan the unquantised checkpoint",
-    )
 
 
 def _groups(
@@ -185,10 +179,8 @@ def _without_gate(checkpoint: Checkpoint, q: WeightView, o: WeightView | None, c
         )
     if q.outputs != 2 * o.inputs:
         return q
-    if q.transposed:
-        raise _interleaved(checkpoint, q.tensor)
     size = _head_size(checkpoint, q.tensor, o.inputs, config)
-    return WeightView(q.tensor, o.inputs // size, size, q.cols, 0, 2 * size * q.cols, q.cols, False)
+    return _grouped(q.tensor, o.inputs // size, 0, size, 2 * size, in_out=q.transposed)
 
 
 def _head_size(checkpoint: Checkpoint, spec: TensorSpec, q_outputs: int, config: Mapping[str, Any]) -> int:

@@ -50,7 +50,8 @@ class WeightView:
 
     Element (g, i, j) is number start + g·group_stride + i·row_stride + j of the tensor. A plain matrix has one group;
     a fused tensor that interleaves Q, K and V per head has one group per head. `transposed` says that the tensor is
-    stored [in, out] (Conv1D), so that its rows are the columns of W.
+    stored [in, out] (Conv1D, GPTQ), so that its rows are the columns of W: then groups are runs of columns of the same
+    rows, else runs of rows.
     """
 
     tensor: TensorSpec
@@ -69,14 +70,29 @@ class WeightView:
         return self.groups * self.rows * self.cols * self.tensor.nbytes // (rows * cols)
 
     @property
+    def col_runs(self) -> int:
+        """Runs of stored columns that it is made of."""
+        return self.groups if self.transposed else 1
+
+    @property
+    def row_runs(self) -> int:
+        """Runs of stored rows that it is made of."""
+        return 1 if self.transposed else self.groups
+
+    @property
+    def all_cols(self) -> int:
+        """Stored columns in all runs."""
+        return self.col_runs * self.cols
+
+    @property
     def outputs(self) -> int:
         """Rows of W: what the projection computes."""
-        return self.cols if self.transposed else self.groups * self.rows
+        return self.all_cols if self.transposed else self.groups * self.rows
 
     @property
     def inputs(self) -> int:
         """Columns of W: what it reads."""
-        return self.groups * self.rows if self.transposed else self.cols
+        return self.rows if self.transposed else self.cols
 
 
 @dataclass(frozen=True, slots=True)
