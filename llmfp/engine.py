@@ -11,7 +11,7 @@ import hashlib
 import math
 import threading
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -179,7 +179,17 @@ class _Scan:
 
     def result(self) -> Result:
         digest = self._ledger.digest() if self.plan.sample is None else f"{SAMPLED}{self._ledger.digest()}"
-        return Result(self._statistics, self._circuits, digest, tuple(self._caveats))
+        return Result(self._whole(), self._circuits, digest, tuple(self._caveats))
+
+    def _whole(self) -> dict[tuple[str, int, str], Statistics]:
+        """All statistics, those of projections that are stored in parts as one."""
+        kept, parts = dict(self._statistics), defaultdict(list)
+        for task in self.plan.tasks:
+            for p in task.projections:
+                if p.role.whole is not p.role:
+                    part = kept.pop((task.tower, p.layer, str(p.role)))
+                    parts[task.tower, p.layer, str(p.role.whole)].append((p.view.outputs * p.view.inputs, part))
+        return kept | {key: _joined(found) for key, found in parts.items()}
 
     def _take(self) -> int | None:
         with self.lock:
@@ -612,6 +622,22 @@ def _indistinct(plan: Plan) -> list[str]:
         for name, count in towers
         if count
     ]
+
+
+def _joined(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
+    """Statistics of several parts, of so many elements each, as one (Chan 1979); without those of heads."""
+    total = sum(size for size, _ in parts)
+    mean = sum(size / total * part.mean for size, part in parts)
+    variance = sum(size / total * (part.std**2 + (part.mean - mean) ** 2) for size, part in parts)
+    return Statistics(
+        count=sum(part.count for _, part in parts),
+        mean=mean,
+        std=math.sqrt(variance),
+        abs_max=max(part.abs_max for _, part in parts),
+        nonfinite=sum(part.nonfinite for _, part in parts),
+        head_std=None,
+        residual=None,
+    )
 
 
 def _unusable(statistics: Statistics) -> str:

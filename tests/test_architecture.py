@@ -760,7 +760,7 @@ def test_every_real_listing_is_tested(shared_data: Path) -> None:
 def test_real_names_of_a_quantised_checkpoint(shared_data: Path) -> None:
     path = shared_data / "tensor_names" / "qwen3-mlx-Qwen3-14B-MLX-4bit.json"
     names = json.loads(path.read_text())["names"]
-    shapes = {"proj.weight": (64, 8), "proj.scales": (64, 1), "proj.biases": (64, 1)}
+    shapes = {"proj.weight": (64, 8), "proj.scales": (64, 1), "proj.biases": (64, 1), "layernorm.weight": (64,)}
     config = {"model_type": "qwen3", "quantization": {"bits": 4, "group_size": 64}}
     plain = checkpoint_of(names, shapes, config)
     words = {n: replace(s, dtype="U32") if n.endswith("proj.weight") else s for n, s in plain.tensors.items()}

@@ -29,7 +29,7 @@ def lay_views(
         if part in parts:
             _check_lora(checkpoint, parts[part], names)
     for role in Role:
-        if role in parts:
+        if role in parts and (role.whole is role or role.whole not in parts):
             rows, cols = parts[role].shape
             views[role] = WeightView(parts[role], 1, rows, cols, 0, rows * cols, cols, _in_out(parts[role], names))
     if FUSED in parts:
@@ -68,6 +68,8 @@ def latent_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
     Per head, Q puts out nope + rope, KV_B puts out nope + v, O reads v; KV_A puts out the latent and one rope for all.
     """
     q = views.get(Role.Q_B) or views.get(Role.Q)
+    if {Role.K_B, Role.V_B} <= views.keys():
+        return _split_sizes(views)
     if q is None or not {Role.KV_A, Role.KV_B, Role.O} <= views.keys():
         return None
     rope = views[Role.KV_A].outputs - views[Role.KV_B].inputs
@@ -78,6 +80,20 @@ def latent_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
     heads = ropes // rope
     (nope, rest), (value, odd) = divmod(nopes, heads), divmod(views[Role.O].inputs, heads)
     return None if rest or odd or nope <= 0 else Latent(heads, nope, rope, value)
+
+
+def _split_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
+    """The same where KV_B lies in two tensors: K_B stacks a [latent, nope] per head, V_B a [v, latent]."""
+    q = views.get(Role.Q_B) or views.get(Role.Q)
+    if q is None or not {Role.KV_A, Role.O} <= views.keys():
+        return None
+    k, v, latent = views[Role.K_B], views[Role.V_B], views[Role.V_B].inputs
+    heads, rest = divmod(k.outputs, latent)
+    rope, nope = views[Role.KV_A].outputs - latent, k.inputs
+    fits = heads and not rest and v.outputs == views[Role.O].inputs and v.outputs % heads == 0
+    if not fits or rope <= 0 or q.outputs != heads * (nope + rope):
+        return None
+    return Latent(heads, nope, rope, v.outputs // heads)
 
 
 def latent_heads(views: Mapping[Role, WeightView]) -> int | None:
@@ -229,7 +245,10 @@ def _check_latent(checkpoint: Checkpoint, views: Mapping[Role, WeightView]) -> N
                 f"{named(checkpoint, views[second].tensor)} reads {views[second].inputs} inputs, "
                 f"and {views[first].tensor.name!r} puts out {views[first].outputs}"
             )
-    for role, needed in ((Role.KV_B, {Role.KV_A, Role.O}), (Role.KV, {Role.Q_B})):
+    for role, other in ((Role.K_B, Role.V_B), (Role.V_B, Role.K_B)):
+        if role in views and other not in views:
+            raise ArchitectureError(f"{named(checkpoint, views[role].tensor)} is half of kv_b, and {other} is missing")
+    for role, needed in ((Role.KV_B, {Role.KV_A, Role.O}), (Role.V_B, {Role.K_B}), (Role.KV, {Role.Q_B})):
         if role in views and views.keys() >= needed and latent_heads(views) is None:
             shapes = ", ".join(f"{r} {list(view.tensor.shape)}" for r, view in views.items())
             raise ArchitectureError(

@@ -219,7 +219,7 @@ def _tower(
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
             if part in PARTS:
-                parts[part] = _matrix(checkpoint, parts[part])
+                parts[part] = _matrix(checkpoint, parts[part], stacked=part in (Role.K_B, Role.V_B))
         if views := lay_views(checkpoint, parts, names, config):
             layers[layer] = views
     caveats += _role_caveats(checkpoint, name, names, layers)
@@ -297,7 +297,7 @@ def _norm_part(role: Role) -> str | None:
     """The norm whose gain scales a projection's inputs, or O's outputs."""
     if role.reads or role.writes:
         return "before" if role.reads else "after"
-    return {Role.Q_B: "q_latent", Role.KV_B: "kv_latent"}.get(role)
+    return {Role.Q_B: "q_latent", Role.KV_B: "kv_latent", Role.V_B: "kv_latent"}.get(role)
 
 
 def _bias_vectors(
@@ -322,9 +322,13 @@ def _beside(spec: TensorSpec) -> list[TensorSpec]:
     return [*parts, spec.lora.a, spec.lora.b] if spec.lora is not None else parts
 
 
-def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
-    """The projection a tensor stands for, be it quantised or not."""
+def _matrix(checkpoint: Checkpoint, stored: TensorSpec, *, stacked: bool) -> TensorSpec:
+    """The projection a tensor stands for, be it quantised or not; where one per head is `stacked`, all on top of each
+    other."""
     spec = encoded(checkpoint, stored)
+    if stacked and len(spec.shape) == 3:
+        heads, rows, cols = spec.shape
+        spec = replace(spec, shape=(heads * rows, cols))
     where = named(checkpoint, spec)
     if len(spec.shape) != 2:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)}; an attention projection has two dimensions")

@@ -10,7 +10,10 @@ from llmfp.checkpoint import TensorSpec
 
 
 class Role(StrEnum):
-    """What a projection does: Q, K, V, O, or a factor of them in latent attention (K and V share KV or KV_A, KV_B)."""
+    """What a projection does: Q, K, V, O, or a factor of them in latent attention (K and V share KV or KV_A, KV_B).
+
+    K_B and V_B are KV_B in two tensors: per head one that makes its key, transposed, and one that makes its value.
+    """
 
     Q = "q"
     K = "k"
@@ -23,6 +26,13 @@ class Role(StrEnum):
     KV = "kv"
     O_A = "o_a"
     O_B = "o_b"
+    K_B = "k_b"
+    V_B = "v_b"
+
+    @property
+    def whole(self) -> Role:
+        """What statistics are kept of: itself, or what it is stored as a part of."""
+        return Role.KV_B if self in (Role.K_B, Role.V_B) else self
 
     @property
     def reads(self) -> bool:
@@ -148,7 +158,7 @@ class Projection:
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A bias or a gain next to attention, of which σ and mean are kept: `q_bias`, `k_bias`, `v_bias`, `norm` (in front
-    of Q, K, V), `post_norm` (behind O), `q_latent_norm` and `kv_latent_norm` (in front of Q_B and KV_B).
+    of Q, K, V), `post_norm` (behind O), `q_latent_norm` and `kv_latent_norm` (in front of Q_B and KV_B or V_B).
 
     view    rows × columns within a 1-D tensor: one row, or one per group where its weights are interleaved
     offset  added to the stored mean: the gain of a norm that multiplies by 1 + weight
@@ -187,7 +197,7 @@ class Tower:
     @property
     def roles(self) -> tuple[str, ...]:
         """Names under which statistics are kept: q, k, v, o, then latent factors, then biases and gains as stored."""
-        factors = (str(role) for role in Role if any(p.role is role for p in self.projections))
+        factors = (str(role) for role in Role if any(p.role.whole is role for p in self.projections))
         return tuple(dict.fromkeys([*map(str, ROLES), *factors, *(vector.role for vector in self.vectors)]))
 
 
