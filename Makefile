@@ -26,7 +26,7 @@ bench: .venv/bench ## measure against peers and ceilings, store bench/results/
 	$(BIN)/python -m bench
 
 fuzz: .venv/fuzz ## fuzz every parser for SECONDS (60) each
-	for parser in safetensors gguf torch json adapter config quant_state; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+	for parser in safetensors gguf torch json adapter config quant_state model; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
 
 docs: .venv/installed ## build the documentation into build/docs, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs

@@ -483,6 +483,7 @@ class _CutHead:
     rows: int = 0
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a layer whose products are not finite is said to have no circuits
 def _product(x: Float32, y: Float32) -> Float64:
     """x·yᵀ over the columns, float64 across blocks."""
     total = np.zeros((len(x), len(y)))
@@ -497,6 +498,7 @@ def _by_head(values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
     return stored[:, :, rows.first : rows.first + rows.size].transpose(1, 2, 0)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _head_products(x: Float32, y: Float32) -> Float32:
     """Float32[heads of x, h, h]: x·yᵀ of each head of x and the head of y that it shares."""
     group = len(x) // len(y)
