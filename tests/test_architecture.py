@@ -28,6 +28,7 @@ from llmfp.errors import ArchitectureError
 from llmfp.kernels import Backend
 from llmfp.report.terminal import fingerprint_table
 from tests.checkpoints import BACKEND, LAYOUTS, VISION_LAYOUTS, Model, Stored, as_bf16, bf16, build, write_model
+from tests.quantised import plan_of
 
 PROFILE_TOLERANCE = 2.0**-8
 """Profiles are float16 logarithms of magnitude below 4: half a step is 2^-10, the sum of squares adds some."""
@@ -192,6 +193,11 @@ def test_nothing_but_attention_and_what_is_next_to_it_is_read(
     assert run["bytes_read"] == sum(got) + sum(shard.header_bytes for shard in checkpoint.shards)
     nbytes = sum(view.nbytes for view in views) + sum(tensor.nbytes for tensor in vectors)
     assert sum(got) == nbytes + run["second_read_bytes"]
+    planned = plan_of(tmp_path)
+    promised = [(read["tower"], read["layer"], role) for read in planned["reads"] for role in read["roles"]]
+    assert sorted(promised) == sorted(model.weights)
+    assert planned["bytes_read"] == run["bytes_read"]
+    assert sum(each["count"] for each in planned["skipped"]) == len(attention.skipped)
 
 
 INDISTINCT = {

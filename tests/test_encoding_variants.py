@@ -4,6 +4,7 @@ says. Each is read to the σ of its decoded values, or refused by name; none is 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 
 import llmfp
+from llmfp.checkpoint.specs import ITEM_BITS
+from llmfp.errors import LlmfpError
 from llmfp.kernels.codes import E2M1, fp8_table
-from tests.checkpoints import Stored, as_bf16, bf16, build, write_model
+from tests.checkpoints import Stored, as_bf16, bf16, build, stored, write_model
 from tests.packing import nibbles, words
 from tests.quantised import ROLES, check_statistics, error_of, plan_of, write_quantised
 from tests.test_encoding_bitsandbytes import eight_bits, four_bits
 from tests.test_encoding_gptq import awq, gptq
+from tests.test_encoding_hqq import hqq
 from tests.test_encoding_packed import positive, random_codes
 from tests.test_encoding_scaled import e4m3, fp8
 
@@ -320,3 +324,71 @@ def test_a_signalling_scale_is_not_a_number_and_no_warning(tmp_path: Path) -> No
     found = llmfp.scan(write_quantised(tmp_path, {role: case.fields for role, case in made.items()}, heads=HEADS))
     assert found.std["q"] == [None]
     assert any(f"holds {SIZE * SIZE} non-finite values" in caveat for caveat in found.caveats)
+
+
+# --- every tensor of every format, missing or of another size ---------------------------------------------------------
+
+
+def mlx_of_32() -> tuple[dict[str, Any], Any]:
+    codes, scale = random_codes(4, SIZE, SIZE), positive(SIZE, 3)
+    return {"weight": words(codes, 4), "scales": scale, "biases": scale.copy()}, None
+
+
+WHOLE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gptq": (lambda: of(gptq(SIZE, SIZE, RNG)), {"quant_method": "gptq", "bits": 4, "group_size": 32}),
+    "awq": (lambda: of(awq(SIZE, SIZE, RNG)), {"quant_method": "awq", "bits": 4, "group_size": 32}),
+    "pack-quantized": (lambda: packed(32, zeros=True), grouped({**CHANNEL, "strategy": "group", "group_size": 32})),
+    "nvfp4": (small_floats, grouped(NVFP4)),
+    "mxfp4": (
+        lambda: ({"weight_packed": np.ones((SIZE, 48), np.uint8), "weight_scale": np.ones((SIZE, 3), np.uint8)}, None),
+        grouped({"num_bits": 4}),
+    ),
+    "fp8": (scaled, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+    "nf4": (lambda: of(four_bits((SIZE, SIZE), RNG, nested=True)), {"quant_method": "bitsandbytes"}),
+    "int8": (lambda: of(eight_bits((SIZE, SIZE), RNG)), {"quant_method": "bitsandbytes"}),
+    "mlx": (mlx_of_32, {"bits": 4, "group_size": 32}),
+    "hqq": (lambda: of(hqq((SIZE, SIZE), RNG)), {"quant_method": "hqq"}),
+}
+STILL_GOOD = {("gptq", "g_idx", "missing"), ("int8", "weight_format", "missing")}
+UNREAD = {"nbits", "compute_dtype", "view_as_float", "encoded_state_dict", "quant_zero", "quant_scale"}
+"""What HQQ keeps beside, and needs no one for the values."""
+
+
+def changes(fields: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, what is done to it, what it is then): left out, and each dimension at its edges, and one more."""
+    found: list[tuple[str, Any, Any]] = []
+    for field, tensor in fields.items():
+        found.append((field, "missing", None))
+        as_stored = stored(tensor)
+        for position, size in enumerate(as_stored.shape):
+            for new in {0, 1, size - 1, size + 1, 2 * size} - {size}:
+                shape = (*as_stored.shape[:position], new, *as_stored.shape[position + 1 :])
+                nbytes = -(-math.prod(shape) * ITEM_BITS[as_stored.dtype] // 8)
+                content = (as_stored.content * 3)[:nbytes].ljust(nbytes, b"\0")
+                found.append((field, shape, Stored(as_stored.dtype, shape, content)))
+    return found
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_a_tensor_that_is_missing_or_of_another_size_is_named(form: str, tmp_path: Path) -> None:
+    make, method = WHOLE[form]
+    fields, _ = make()
+    plain = np.ones((SIZE, SIZE), np.float32)
+    others = {f"model.layers.0.self_attn.{role}_proj.weight": plain for role in "kvo"}
+    others["model.layers.0.input_layernorm.weight"] = np.ones(SIZE, np.float32)
+    config = {"model_type": "llama", "num_attention_heads": HEADS, "quantization_config": method}
+    accepted = set()
+    for number, (field, what, tensor) in enumerate(changes(fields)):
+        q = {name: each for name, each in {**fields, field: tensor}.items() if each is not None}
+        tensors = {f"model.layers.0.self_attn.q_proj.{name}": each for name, each in q.items()}
+        folder = write_model(tmp_path / str(number), {**tensors, **others}, config)
+        try:
+            llmfp.scan(folder, backend=NATIVE)
+        except LlmfpError as error:
+            message = str(error)
+            assert "model.layers.0.self_attn.q_proj." in message, (field, what)
+            assert str(folder) in message
+            assert "\n" not in message
+        else:
+            accepted.add((form, field, what))
+    assert {each for each in accepted if each[1] not in UNREAD} == {each for each in STILL_GOOD if each[0] == form}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 import tracemalloc
@@ -64,6 +65,15 @@ def model(layers: int = 1) -> dict[str, Any]:
         tensors[f"blk.{layer}.attn_norm.weight"] = np.linspace(0.5, 2, HIDDEN, dtype=np.float32)
         tensors[f"blk.{layer}.ffn_up.weight"] = np.full((4, HIDDEN), 1e6, np.float32)
     return tensors
+
+
+def test_the_types_tested_are_all_that_the_package_writes() -> None:
+    written = []
+    for kind in gguf.GGMLQuantizationType:
+        with contextlib.suppress(NotImplementedError, KeyError, ValueError):
+            gguf.quantize(np.ones((1, 256), np.float32), kind)
+            written.append(kind.name)
+    assert sorted(written) == sorted(CAN_WRITE)
 
 
 @pytest.mark.parametrize("kind", CAN_WRITE)

@@ -38,6 +38,7 @@ _SIBLINGS = {
 _SCALES = (
     "weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape",
     "qscale_weight", "scale_weight", "scales", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax",
+    "packing",
 )  # fmt: skip
 """Last components of names that nothing but scales, zeros and the like of a quantised weight have."""
 
