@@ -18,6 +18,8 @@ def runs_of(chunk: Chunk) -> list[Chunk]:
     """The chunk's runs of columns, each as a kernel takes it."""
     if chunk.col_runs == 1:
         return [chunk]
+    if chunk.coding is not None and not isinstance(chunk.data, Buffer):  # codes are decoded on the host: copied once
+        chunk = replace(chunk, data=chunk.data.cpu().numpy().data)
     cols = chunk.cols // chunk.col_runs
     weight = None if chunk.col_weight is None else memoryview(chunk.col_weight).cast("B")
     return [

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import llmfp
-from llmfp.column_runs import marginals
+from llmfp.column_runs import marginals, runs_of
 from llmfp.fingerprint import CIRCUIT_ARRAYS
 from llmfp.kernels import load
-from llmfp.marginals import Chunk
+from llmfp.marginals import Chunk, Coding
 from llmfp.plan import parse_size
 from tests.checkpoints import LAYOUTS, SPREAD, Layout, Model, bf16, build, fuse
 from tests.packing import packed, packed_awq
@@ -155,3 +156,19 @@ def test_runs_of_plain_columns_have_the_marginals_of_the_columns_side_by_side(ba
         if one is not None:
             for mine, theirs in ((one.mean, other.mean), (one.m2, other.m2)):
                 np.testing.assert_allclose(np.frombuffer(mine), np.frombuffer(theirs), rtol=1e-5)
+
+
+def test_codes_on_a_device_are_fetched_once_for_all_runs() -> None:
+    codes = np.random.default_rng(4).integers(0, 1 << 32, (4, 60), np.uint32)
+    coding = Coding("down", 4, scale=np.full(60, 0.5, np.float32).data, scale_cols=60, row_block=32)
+    runs = Chunk(codes.tobytes(), "", 32, 24, 0, 240, 32, coding=coding, first_col=20, col_runs=3, run_cols=15)
+    expected = marginals(load("reference"), runs)
+    stored = torch.frombuffer(bytearray(codes.tobytes()), dtype=torch.uint8)
+    found = marginals(load("torch_fallback"), replace(runs, data=stored))
+    for name in ("row", "col"):
+        one, other = getattr(found, name), getattr(expected, name)
+        np.testing.assert_allclose(np.frombuffer(one.mean), np.frombuffer(other.mean), rtol=1e-9)
+        np.testing.assert_allclose(np.frombuffer(one.m2), np.frombuffer(other.m2), rtol=1e-9)
+    first, *rest = (run.data for run in runs_of(replace(runs, data=stored)))
+    assert all(each is first for each in rest)
+    assert isinstance(first, memoryview)
