@@ -24,6 +24,8 @@ from tests.packing import packed, packed_awq
 from tests.quantised import DECODING, ROLES, plan_of
 
 GROUP = 32
+BLOCK = (4, 32)
+"""Rows and columns that share a scale where outputs run along the stored rows: heads begin within no block."""
 CASES = [case for case, (layout, *_) in LAYOUTS.items() if layout.fused != "concat" or layout.gated]
 SHAPES: dict[str, dict[str, int]] = {
     "whole words": {"heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64},
@@ -32,7 +34,16 @@ SHAPES: dict[str, dict[str, int]] = {
 
 
 def quantised(weights: NDArray[np.float32], method: str, seed: int) -> tuple[dict[str, Any], NDArray[np.float32]]:
-    """A projection [out, in] as GPTQ with act-order or AWQ stores it, and the [out, in] that it then stands for."""
+    """A projection [out, in] as GPTQ with act-order or AWQ stores it, or in blocks of 8-bit codes, and the [out, in]
+    that it then stands for."""
+    if method == "blocks":
+        rows, cols = (-(-size // block) for size, block in zip(weights.shape, BLOCK, strict=True))
+        padded = np.zeros((rows * BLOCK[0], cols * BLOCK[1]), np.float32)
+        padded[: weights.shape[0], : weights.shape[1]] = weights
+        scale = bf16(np.abs(padded.reshape(rows, BLOCK[0], cols, BLOCK[1])).max(axis=(1, 3)) / 127)
+        each = np.kron(scale, np.ones(BLOCK, np.float32))[: weights.shape[0], : weights.shape[1]]
+        eight = np.clip(np.rint(weights / each), -127, 127).astype(np.int8)
+        return {"weight": eight, "weight_scale": scale}, (eight * each).astype(np.float32)
     index = np.arange(weights.shape[1]) // GROUP
     if method == "gptq":
         index = np.random.default_rng(seed).permutation(index)
@@ -61,7 +72,9 @@ def twins(case: str, method: str, shape: str) -> tuple[Model, Model]:
             plain.tensors[name] = dense
         else:
             tensors[name] = tensor
-    stated = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": GROUP}}
+    stated: dict[str, Any] = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": GROUP}}
+    if method == "blocks":
+        stated = {"quantization_config": {"quant_method": "fp8", "weight_block_size": BLOCK}}
     return replace(plain, tensors=tensors, config={**(plain.config or {}), **stated}), plain
 
 
@@ -82,9 +95,11 @@ def own_rows(plain: Model, layout: Layout, layer: int) -> dict[str, NDArray[np.f
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "blocks"])
 @pytest.mark.parametrize("case", CASES)
-def test_interleaved_heads_are_read_from_columns(case: str, method: str, shape: str, tmp_path: Path) -> None:
+def test_interleaved_heads_are_read_from_quantised_columns_and_rows(
+    case: str, method: str, shape: str, tmp_path: Path
+) -> None:
     stored, plain = twins(case, method, shape)
     folder = stored.write(tmp_path / "stored")
     expected = llmfp.scan(plain.write(tmp_path / "plain"), deep=True).main
@@ -108,7 +123,8 @@ def test_interleaved_heads_are_read_from_columns(case: str, method: str, shape: 
         if one is not None and other is not None:
             np.testing.assert_allclose(one, other, rtol=1e-5, atol=2.0**-8 if one.dtype == np.float16 else 1e-5)
     reads = plan_of(folder)["reads"]
-    assert {read["encoding"].split(",")[0] for read in reads} == {method.upper()}
+    label = "I8 with a scale per 4×32 block" if method == "blocks" else method.upper()
+    assert {read["encoding"].split(",")[0] for read in reads} == {label}
 
 
 @pytest.mark.parametrize("backend", [*DECODING, "torch_fallback"])
