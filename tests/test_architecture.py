@@ -203,6 +203,7 @@ def test_nothing_but_attention_and_what_is_next_to_it_is_read(
 INDISTINCT = {
     "gemma": "llama", "cohere": "llama", "olmo": "llama", "openai_gpt": "gpt2", "bart": "mbart", "falcon, 7B": "bloom",
     "opt, 350m": "opt", "molmo, norm behind attention": "molmo", "glm": "llama", "ernie4_5": "llama",
+    "llama4": "llama", "nemotron": "starcoder2",
 }  # fmt: skip
 """Cases that differ from that family in their norms or rotary pairs only, and no name shows it."""
 

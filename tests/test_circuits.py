@@ -36,7 +36,8 @@ ROTARY = {
     "internlm2": (HALF, 1.0), "baichuan": (HALF, 1.0), "dbrx": (HALF, 1.0), "qwen": (HALF, 1.0),
     "chatglm": (NEIGHBOURS, 0.5), "chatglm, one key per head": (NEIGHBOURS, 0.5), "mixformer": (HALF, 1.0),
     "molmo": (HALF, 1.0), "molmo, norm behind attention": (HALF, 1.0), "hf_olmo": (HALF, 1.0),
-    "modernbert": (HALF, 1.0), "qwen3_next": (HALF, 0.25),
+    "modernbert": (HALF, 1.0), "qwen3_next": (HALF, 0.25), "llama4": (NEIGHBOURS, 1.0), "nemotron": (HALF, 0.5),
+    "apertus": (HALF, 1.0), "afmoe": (HALF, 1.0), "lfm2": (HALF, 1.0),
 }  # fmt: skip
 """Families with a rotary embedding: members of a pair, and the share of a head that is turned where no config says."""
 INDEXED = {"bloom", "mpt", "t5"}

@@ -378,7 +378,7 @@ def _config_caveats(
     if stated_types and not stated_types & family.model_types:
         caveats.append(
             f"model type {', '.join(map(repr, sorted(stated_types)))} is not known; "
-            f"names match the {family.name} family, whose norms are assumed"
+            f"names match the {family.name} family, whose norms and rotary embedding are assumed"
         )
     stored = len({each.layer for each in found if each.slot.part in PARTS and each.slot.tower != "encoder"})
     stated = integer(config, LAYERS)
