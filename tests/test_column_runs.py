@@ -22,6 +22,7 @@ from llmfp.plan import parse_size
 from tests.checkpoints import LAYOUTS, SPREAD, Layout, Model, bf16, build, fuse
 from tests.packing import packed, packed_awq
 from tests.quantised import DECODING, ROLES, plan_of
+from tests.test_adapter import write_adapter
 
 GROUP = 32
 BLOCK = (4, 32)
@@ -149,6 +150,27 @@ def test_no_way_of_reading_changes_a_bit(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("llmfp.reader.pread_reader.PreadReader.step_bytes", 1)  # a unit a step
     assert llmfp.scan(folder, deep=True, reader="pread").digest == found.digest
     assert llmfp.scan(folder, sample=0.5).std["q"] == pytest.approx(found.std["q"], rel=1e-9)
+
+
+def test_what_an_adapter_adds_is_added_to_its_own_columns(tmp_path: Path) -> None:
+    stored, plain = twins("gpt_neox", "gptq", "whole words")
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    outputs, inputs = np.asarray(plain.tensors[name]).shape
+    rng = np.random.default_rng(6)
+    factors = {
+        f"base_model.model.{name.replace('weight', part)}": rng.normal(0, 1, shape).astype(np.float32)
+        for part, shape in (("lora_A.weight", (3, inputs)), ("lora_B.weight", (outputs, 3)))
+    }
+    adapter = write_adapter(tmp_path / "adapter", factors)
+    found, expected = (
+        llmfp.scan(adapter, base=model.write(tmp_path / which), deep=True).main
+        for which, model in (("stored", stored), ("plain", plain))
+    )
+    bare = llmfp.scan(tmp_path / "plain").main
+    for role in "qkv":
+        np.testing.assert_allclose(found.std[role], expected.std[role], rtol=1e-6)
+        assert found.std[role][0] != pytest.approx(bare.std[role][0], rel=1e-2), "the adapter shows"
+    np.testing.assert_allclose(found.circuit("qk_norm"), expected.circuit("qk_norm"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight", ["", "col_weight", "row_weight"])

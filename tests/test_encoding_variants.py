@@ -18,6 +18,7 @@ from llmfp.kernels.codes import E2M1, fp8_table
 from tests.checkpoints import Stored, as_bf16, bf16, build, stored, write_model
 from tests.packing import nibbles, words
 from tests.quantised import ROLES, check_statistics, error_of, plan_of, write_quantised
+from tests.test_adapter import write_adapter
 from tests.test_encoding_bitsandbytes import eight_bits, four_bits
 from tests.test_encoding_gptq import awq, gptq
 from tests.test_encoding_hqq import hqq
@@ -392,3 +393,19 @@ def test_a_tensor_that_is_missing_or_of_another_size_is_named(form: str, tmp_pat
         else:
             accepted.add((form, field, what))
     assert {each for each in accepted if each[1] not in UNREAD} == {each for each in STILL_GOOD if each[0] == form}
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq", "pack-quantized", "fp8", "nf4", "int8", "hqq"])
+def test_an_adapter_adds_to_what_codes_stand_for(form: str, tmp_path: Path) -> None:
+    make, method = WHOLE[form]
+    fields, dense = make()
+    plain = RNG.normal(0, 1, (SIZE, SIZE)).astype(np.float32)
+    projections: dict[str, Any] = {**{role: {"weight": plain} for role in "kvo"}, "q": fields}
+    base = write_quantised(tmp_path / "base", projections, {"quantization_config": method}, heads=HEADS)
+    a, b = (RNG.normal(0, 0.1, shape).astype(np.float32) for shape in ((3, SIZE), (SIZE, 3)))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    adapter = write_adapter(tmp_path / "adapter", {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b})
+    found = llmfp.scan(adapter, base=base)
+    whole = dense + 2.0 * b.astype(np.float64) @ a.astype(np.float64)  # alpha over rank of tests.test_adapter's config
+    assert found.std["q"] == pytest.approx([whole.std()], rel=1e-6)
+    assert found.std["k"] == pytest.approx([plain.astype(np.float64).std()], rel=1e-6)
