@@ -625,18 +625,27 @@ def _indistinct(plan: Plan) -> list[str]:
 
 
 def _joined(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
-    """Statistics of several parts, of so many elements each, as one (Chan 1979); without those of heads."""
+    """Statistics of several parts, of so many elements each, as one (Chan 1979); without those of heads.
+
+    Of samples, the interval is the one in which σ lies if every part's lies at the same end of its own, the widest."""
     total = sum(size for size, _ in parts)
     mean = sum(size / total * part.mean for size, part in parts)
-    variance = sum(size / total * (part.std**2 + (part.mean - mean) ** 2) for size, part in parts)
+
+    def whole(stds: Sequence[float]) -> float:
+        each = zip(parts, stds, strict=True)
+        return math.sqrt(sum(size / total * (std**2 + (part.mean - mean) ** 2) for (size, part), std in each))
+
+    ends = [part.interval or (part.std, part.std) for _, part in parts]
+    low, high = (whole(end) for end in zip(*ends, strict=True))
     return Statistics(
         count=sum(part.count for _, part in parts),
         mean=mean,
-        std=math.sqrt(variance),
+        std=whole([part.std for _, part in parts]),
         abs_max=max(part.abs_max for _, part in parts),
         nonfinite=sum(part.nonfinite for _, part in parts),
         head_std=None,
         residual=None,
+        interval=(low, high) if any(part.interval for _, part in parts) else None,
     )
 
 

@@ -286,6 +286,8 @@ def test_latent_attention_s_second_factor_in_two_tensors_is_one(tmp_path: Path) 
             "kv_b is stored as attn_k_b and attn_v_b: its σ is that of both, nothing is kept of its heads"
         ]
     sampled = llmfp.scan(stored, sample=0.5).main
+    ((low, high),) = sampled.interval["kv_b"]
+    assert low < kv_b.std(dtype=np.float64) < high < 1.1 * low
     assert sampled.roles["kv_b"]["std"] == pytest.approx([kv_b.std(dtype=np.float64)], rel=0.1)
     found.save(tmp_path / "two.fp.safetensors")
     assert llmfp.load(tmp_path / "two.fp.safetensors") == found
