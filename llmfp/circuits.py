@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfp.architecture import HeadRows, LayerHeads, Projection, Role, Rotary
+from llmfp.column_runs import runs_of
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer, Chunk
 
@@ -356,7 +357,7 @@ class LayerGrams:
     def _key_rows(self, role: Role, first: int, rows: int) -> Float32:
         """Stored rows [first, first + rows) of K's projection, expanded and, where heads run along them, centred."""
         k = self.heads.projections[role]
-        values = self._empty(rows, k.view.cols, self._kept[0][1])
+        values = self._empty(rows, k.view.all_cols, self._kept[0][1])
         for start, chunk in self._kept:
             begin, stop = max(first, start), min(first + rows, start + chunk.rows)
             if begin < stop:
@@ -393,7 +394,14 @@ class LayerGrams:
         if chunk.coding is not None and chunk.coding.packing == "down" and (before := first % 32):
             out[:] = self._expand(chunk, first - before, before + rows)[before:]  # codes that come 32 rows at a time
             return out
-        self._expand_into(rows_of(chunk, first, rows), out)
+        runs = runs_of(rows_of(chunk, first, rows))
+        if len(runs) == 1:
+            self._expand_into(runs[0], out)
+            return out
+        for run, part in enumerate(runs):
+            values = self._empty(rows, part.cols, chunk)
+            self._expand_into(part, values)
+            out[:, run * part.cols : (run + 1) * part.cols] = values
         return out
 
     def _expand_into(self, part: Chunk, out: Float32) -> None:
@@ -475,6 +483,7 @@ class _CutHead:
     rows: int = 0
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a layer whose products are not finite is said to have no circuits
 def _product(x: Float32, y: Float32) -> Float64:
     """x·yᵀ over the columns, float64 across blocks."""
     total = np.zeros((len(x), len(y)))
@@ -489,6 +498,7 @@ def _by_head(values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
     return stored[:, :, rows.first : rows.first + rows.size].transpose(1, 2, 0)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _head_products(x: Float32, y: Float32) -> Float32:
     """Float32[heads of x, h, h]: x·yᵀ of each head of x and the head of y that it shares."""
     group = len(x) // len(y)

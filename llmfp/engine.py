@@ -11,12 +11,13 @@ import hashlib
 import math
 import threading
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from llmfp import column_runs
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
 from llmfp.encoding import decode_gain
@@ -178,7 +179,17 @@ class _Scan:
 
     def result(self) -> Result:
         digest = self._ledger.digest() if self.plan.sample is None else f"{SAMPLED}{self._ledger.digest()}"
-        return Result(self._statistics, self._circuits, digest, tuple(self._caveats))
+        return Result(self._whole(), self._circuits, digest, tuple(self._caveats))
+
+    def _whole(self) -> dict[tuple[str, int, str], Statistics]:
+        """All statistics, those of projections that are stored in parts as one."""
+        kept, parts = dict(self._statistics), defaultdict(list)
+        for task in self.plan.tasks:
+            for p in task.projections:
+                if p.role.whole is not p.role:
+                    part = kept.pop((task.tower, p.layer, str(p.role)))
+                    parts[task.tower, p.layer, str(p.role.whole)].append((p.view.outputs * p.view.inputs, part))
+        return kept | {key: _joined(found) for key, found in parts.items()}
 
     def _take(self) -> int | None:
         with self.lock:
@@ -218,7 +229,7 @@ class _Scan:
         try:
             data, position = self.reader.read(step)
             chunks = [self._chunk(task, p, step, data, position, first, decoder) for p in task.projections]
-            parts = [self.backend.marginals(chunk) for chunk in chunks]
+            parts = [column_runs.marginals(self.backend, chunk) for chunk in chunks]
             if (task.tower, task.layer) in self.plan.circuits and not step.second:
                 self._multiply(number, chunks, position + step.nbytes)
             del data, chunks
@@ -246,10 +257,12 @@ class _Scan:
     ) -> Chunk:
         """The step's rows of one projection, as the kernel sees them."""
         view, encoding, coding = projection.view, task.tensor.encoding, decoder.coding
+        run_bytes = 0
         first_row = task.first_row + step.group * task.group_rows + step.row
         if coding is None or encoding is None:
             itemsize = task.tensor.itemsize
             dtype, offset, stride = task.tensor.dtype, (view.start - task.first) * itemsize, task.row_stride * itemsize
+            run_bytes = view.group_stride * itemsize
         else:
             dtype, offset, stride = "", 0, encoding.row_bytes
             coding = replace(coding, place=encoding.place(task.tensor.shape[0], first_row))
@@ -263,7 +276,7 @@ class _Scan:
             data=data,
             dtype=dtype,
             rows=step.rows,
-            cols=view.cols,
+            cols=view.all_cols,
             offset_bytes=position + offset,
             row_stride_bytes=stride,
             unit_rows=task.unit_rows,
@@ -274,6 +287,9 @@ class _Scan:
             low_rank=decoder.low_rank,
             first_row=first_row,
             first_col=view.start % task.row_stride,
+            col_runs=view.col_runs,
+            run_cols=view.group_stride,
+            run_bytes=run_bytes,
         )
 
     def _weights(self, task: Task, projection: Projection, step: Step) -> tuple[Buffer | None, Buffer | None]:
@@ -440,7 +456,7 @@ class _Scan:
 
     def _estimate(self, projection: Projection, marginals: Marginals, blocks: Blocks | None) -> Statistics:
         """What the rows of a sample say of all rows."""
-        rows, cols = sum(marginals.counts), projection.view.cols
+        rows, cols = sum(marginals.counts), projection.view.all_cols
         total = self.backend.pool(marginals.row, cols, rows)
         around = None
         if blocks is not None:
@@ -459,7 +475,7 @@ class _Scan:
 
     def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
         rows = sum(marginals.counts)
-        cols = projection.view.cols
+        cols = projection.view.all_cols
         total = self.backend.pool(marginals.row, cols, rows)
         by_rows = projection.residual_is_stored_rows
         along, count = (marginals.row, cols) if by_rows else (marginals.col, rows)
@@ -606,6 +622,31 @@ def _indistinct(plan: Plan) -> list[str]:
         for name, count in towers
         if count
     ]
+
+
+def _joined(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
+    """Statistics of several parts, of so many elements each, as one (Chan 1979); without those of heads.
+
+    Of samples, the interval is the one in which σ lies if every part's lies at the same end of its own, the widest."""
+    total = sum(size for size, _ in parts)
+    mean = sum(size / total * part.mean for size, part in parts)
+
+    def whole(stds: Sequence[float]) -> float:
+        each = zip(parts, stds, strict=True)
+        return math.sqrt(sum(size / total * (std**2 + (part.mean - mean) ** 2) for (size, part), std in each))
+
+    ends = [part.interval or (part.std, part.std) for _, part in parts]
+    low, high = (whole(end) for end in zip(*ends, strict=True))
+    return Statistics(
+        count=sum(part.count for _, part in parts),
+        mean=mean,
+        std=whole([part.std for _, part in parts]),
+        abs_max=max(part.abs_max for _, part in parts),
+        nonfinite=sum(part.nonfinite for _, part in parts),
+        head_std=None,
+        residual=None,
+        interval=(low, high) if any(part.interval for _, part in parts) else None,
+    )
 
 
 def _unusable(statistics: Statistics) -> str:

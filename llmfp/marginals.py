@@ -96,12 +96,12 @@ class LowRank:
 class Chunk:
     """Consecutive whole units of one weight view, in stored orientation, and the buffer that holds them.
 
-    data              bytes-like, or, for back ends that take tensors, a flat uint8 tensor;
+    data              bytes-like, or, for back ends that take tensors, a flat uint8 tensor; in the only run of columns
                       element (i, j) starts at byte offset_bytes + i * row_stride_bytes + j * itemsize;
                       of coded elements, the row with element (0, 0) starts at offset_bytes
     dtype             safetensors name of the stored dtype: BF16, F16, F32, F64, F8_E4M3, F8_E5M2; "" where `coding`
                       says what the bytes mean
-    rows, cols        stored rows in this chunk, stored columns of the view
+    rows, cols        stored rows in this chunk, stored columns of the view, those of all its runs
     unit_rows         rows per unit; the last unit of the chunk may be shorter
     col_weight        float32[cols] or None: the norm gain when it runs along the stored columns
     row_weight        float32[rows] or None: the norm gain when it runs along the stored rows (Conv1D); never both
@@ -109,6 +109,10 @@ class Chunk:
     coding            of quantised elements
     low_rank          what is added to every element
     first_row, first_col   where the chunk lies in its tensor: what `coding` and `low_rank` are indexed by
+    col_runs          runs of equal length that the columns lie in, of heads that are interleaved along the stored rows.
+                      A kernel is given one run at a time (`llmfp.column_runs`)
+    run_cols          columns of the tensor from the start of one run to that of the next
+    run_bytes         the same in bytes; 0 of coded elements, whose rows are found by offset_bytes alone
     """
 
     data: Buffer | torch.Tensor
@@ -125,6 +129,9 @@ class Chunk:
     low_rank: LowRank | None = None
     first_row: int = 0
     first_col: int = 0
+    col_runs: int = 1
+    run_cols: int = 0
+    run_bytes: int = 0
 
     @property
     def host_data(self) -> Buffer:

@@ -339,12 +339,12 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
                 tower=str(key[0]),
                 projections=tuple(projections),
                 tensor=view.tensor,
-                groups=view.groups,
+                groups=view.row_runs,
                 rows=view.rows,
                 group_stride=view.group_stride,
                 row_stride=view.row_stride,
                 first=view.start,
-                span=max(p.view.start + p.view.cols for p in projections) - view.start,
+                span=max(map(_stop, projections)) - view.start,
                 unit_rows=unit_rows(view.row_stride),
                 second_read=any(p.centred and p.residual_is_stored_rows for p in projections),
                 biases=biases.pop((str(key[0]), projections[0].layer), ()),
@@ -352,6 +352,11 @@ def _tasks(attention: AttentionMap, circuits: Mapping[tuple[str, int], LayerHead
         )
 
     return sorted(tasks, key=lambda task: (task.tower, task.layer, asks(task)))
+
+
+def _stop(p: Projection) -> int:
+    """Where in the tensor the first stored row of a projection ends."""
+    return p.view.start + (p.view.col_runs - 1) * p.view.group_stride + p.view.cols
 
 
 def _biases(attention: AttentionMap) -> dict[tuple[str, int], tuple[TensorSpec, ...]]:
@@ -433,7 +438,7 @@ def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
     """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice, and what
     multiplying its heads takes."""
     rows = min(task.unit_rows, task.rows)
-    results = sum(32 * rows + 40 * p.view.cols for p in task.projections)
+    results = sum(32 * rows * p.view.col_runs + 40 * p.view.all_cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
     scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
     multiplied = 0 if heads is None else sum(_multiplied(p, rows, heads) for p in task.projections)
@@ -449,9 +454,10 @@ def _multiplied(p: Projection, rows: int, heads: LayerHeads) -> int:
         size = max(part.size for part in parts)
         before = 0 if p.view.tensor.encoding is None else 4 * (size + 32) * p.view.cols
         return 12 * size * p.view.cols + before + 16 * size * size
-    keys = heads.projections[heads.crossed[1].role].view.cols if heads.asks({p.role}) and heads.crossed else 0
+    keys = heads.projections[heads.crossed[1].role].view.all_cols if heads.asks({p.role}) and heads.crossed else 0
     shares = sum(8 * part.heads * part.size**2 for part in parts)
-    return 4 * rows * (p.view.cols + keys) + shares  # a unit in float32, its keys, and its share of all heads' products
+    expanded = p.view.all_cols + (p.view.cols if p.view.col_runs > 1 else 0)
+    return 4 * rows * (expanded + keys) + shares  # a unit in float32, its keys, and its share of all heads' products
 
 
 def _gram_bytes(heads: LayerHeads) -> int:
@@ -479,7 +485,7 @@ def _kept_bytes(tasks: Sequence[Task], circuits: Mapping[tuple[str, int], LayerH
     for task in tasks:
         for p in task.projections:
             fingerprint += 1024 + 2 * (p.residual_size or 0) + 8 * (p.view.outputs // (p.head_dim or p.view.outputs))
-            by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.cols)
+            by_layer[task.tower, task.layer] += 3 * 32 * (task.groups * task.rows + p.view.all_cols)
         if (encoding := task.tensor.encoding) is not None:
             by_layer[task.tower, task.layer] += encoding.kept_bytes
         if (lora := task.tensor.lora) is not None:

@@ -227,6 +227,29 @@ LAYOUTS: dict[str, list[Layout]] = {
         )
     ],
     "glm": [_llama_like("glm", "glm", before="input_layernorm.weight")],
+    "llama4": [_llama_like("llama4", "llama4_text", "feed_forward.router.weight", before="input_layernorm.weight")],
+    "nemotron": [
+        _llama_like(
+            "nemotron", "nemotron", "input_layernorm.bias", norm="layer", before="input_layernorm.weight", offset=1.0
+        )
+    ],
+    "apertus": [
+        _llama_like("apertus", "apertus", "feedforward_layernorm.weight", before="attention_layernorm.weight")
+    ],
+    "afmoe": [
+        _llama_like(
+            "afmoe", "afmoe", "self_attn.gate_proj.weight", "pre_mlp_layernorm.weight", "post_mlp_layernorm.weight",
+            before="input_layernorm.weight", after="post_attention_layernorm.weight",
+        )
+    ],
+    "lfm2": [
+        Layout(
+            "lfm2", {"model_type": "lfm2", **LLAMA_CONFIG}, "model.layers.{}",
+            **{**_LLAMA_NAMES, "o": "self_attn.out_proj.weight"}, before="operator_norm.weight",
+            extra=("self_attn.q_layernorm.weight", "ffn_norm.weight", "feed_forward.w1.weight"),
+            between=("conv.in_proj.weight", "conv.out_proj.weight", "operator_norm.weight"),
+        )
+    ],
     "ernie4_5": [_llama_like("ernie4_5", "helium", before="input_layernorm.weight")],
     "cohere": [_llama_like("cohere", "cohere", norm="layer", before="input_layernorm.weight")],
     "starcoder2": [

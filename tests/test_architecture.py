@@ -28,6 +28,7 @@ from llmfp.errors import ArchitectureError
 from llmfp.kernels import Backend
 from llmfp.report.terminal import fingerprint_table
 from tests.checkpoints import BACKEND, LAYOUTS, VISION_LAYOUTS, Model, Stored, as_bf16, bf16, build, write_model
+from tests.quantised import plan_of
 
 PROFILE_TOLERANCE = 2.0**-8
 """Profiles are float16 logarithms of magnitude below 4: half a step is 2^-10, the sum of squares adds some."""
@@ -192,11 +193,17 @@ def test_nothing_but_attention_and_what_is_next_to_it_is_read(
     assert run["bytes_read"] == sum(got) + sum(shard.header_bytes for shard in checkpoint.shards)
     nbytes = sum(view.nbytes for view in views) + sum(tensor.nbytes for tensor in vectors)
     assert sum(got) == nbytes + run["second_read_bytes"]
+    planned = plan_of(tmp_path)
+    promised = [(read["tower"], read["layer"], role) for read in planned["reads"] for role in read["roles"]]
+    assert sorted(promised) == sorted(model.weights)
+    assert planned["bytes_read"] == run["bytes_read"]
+    assert sum(each["count"] for each in planned["skipped"]) == len(attention.skipped)
 
 
 INDISTINCT = {
     "gemma": "llama", "cohere": "llama", "olmo": "llama", "openai_gpt": "gpt2", "bart": "mbart", "falcon, 7B": "bloom",
     "opt, 350m": "opt", "molmo, norm behind attention": "molmo", "glm": "llama", "ernie4_5": "llama",
+    "llama4": "llama", "nemotron": "starcoder2",
 }  # fmt: skip
 """Cases that differ from that family in their norms or rotary pairs only, and no name shows it."""
 
@@ -760,7 +767,7 @@ def test_every_real_listing_is_tested(shared_data: Path) -> None:
 def test_real_names_of_a_quantised_checkpoint(shared_data: Path) -> None:
     path = shared_data / "tensor_names" / "qwen3-mlx-Qwen3-14B-MLX-4bit.json"
     names = json.loads(path.read_text())["names"]
-    shapes = {"proj.weight": (64, 8), "proj.scales": (64, 1), "proj.biases": (64, 1)}
+    shapes = {"proj.weight": (64, 8), "proj.scales": (64, 1), "proj.biases": (64, 1), "layernorm.weight": (64,)}
     config = {"model_type": "qwen3", "quantization": {"bits": 4, "group_size": 64}}
     plain = checkpoint_of(names, shapes, config)
     words = {n: replace(s, dtype="U32") if n.endswith("proj.weight") else s for n, s in plain.tensors.items()}

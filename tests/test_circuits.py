@@ -36,7 +36,8 @@ ROTARY = {
     "internlm2": (HALF, 1.0), "baichuan": (HALF, 1.0), "dbrx": (HALF, 1.0), "qwen": (HALF, 1.0),
     "chatglm": (NEIGHBOURS, 0.5), "chatglm, one key per head": (NEIGHBOURS, 0.5), "mixformer": (HALF, 1.0),
     "molmo": (HALF, 1.0), "molmo, norm behind attention": (HALF, 1.0), "hf_olmo": (HALF, 1.0),
-    "modernbert": (HALF, 1.0), "qwen3_next": (HALF, 0.25),
+    "modernbert": (HALF, 1.0), "qwen3_next": (HALF, 0.25), "llama4": (NEIGHBOURS, 1.0), "nemotron": (HALF, 0.5),
+    "apertus": (HALF, 1.0), "afmoe": (HALF, 1.0), "lfm2": (HALF, 1.0),
 }  # fmt: skip
 """Families with a rotary embedding: members of a pair, and the share of a head that is turned where no config says."""
 INDEXED = {"bloom", "mpt", "t5"}
@@ -351,3 +352,12 @@ def test_circuits_of_other_sizes_compare_unequal() -> None:
     one = circuits.Circuits(b"12345678", None, b"12", b"12", None, None)
     assert one == replace(one)
     assert one != replace(one, coherence=b"13")
+
+
+def test_products_beyond_a_float_are_no_circuits_and_no_warning(tmp_path: Path) -> None:
+    model = build("llama", layers=2)
+    model.tensors["model.layers.1.self_attn.q_proj.weight"] = np.full((32, 24), 3e38, np.float32)
+    found = llmfp.scan(model.write(tmp_path), deep=True, backend=BACKEND)
+    assert found.main.circuits is not None
+    assert [each is None for each in found.main.circuits] == [False, True]
+    assert any("the heads of decoder layer 1 have no circuits" in caveat for caveat in found.caveats)

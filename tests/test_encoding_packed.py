@@ -117,7 +117,10 @@ def test_mlx(bits: int, backend: str, tmp_path: Path) -> None:
         truth[role] = codes * np.repeat(scale.astype(np.float64), 32, 1) + np.repeat(stored, 32, 1)
     own = {"model.layers.0.self_attn.v_proj": {"bits": 8, "group_size": 32}}
     config = {"quantization": {"bits": bits, "group_size": 32, **own}}
-    check_statistics(write_quantised(tmp_path, projections, config, heads=HEADS), truth, backend)
+    folder = write_quantised(tmp_path, projections, config, heads=HEADS)
+    check_statistics(folder, truth, backend)
+    labels = {read["roles"][0]: read["encoding"] for read in plan_of(folder)["reads"]}
+    assert (labels["q"], labels["v"]) == (f"MLX, {bits} bits, groups of 32", "MLX, 8 bits, groups of 32")
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
@@ -132,7 +135,9 @@ def test_mlx_s_small_floats(mode: str, tmp_path: Path) -> None:
         projections[role] = {"weight": words(codes, bits), "scales": scale}
         truth[role] = values * np.repeat(factor, block, 1)
     config = {"quantization": {"bits": bits, "group_size": block, "mode": mode}}
-    check_statistics(write_quantised(tmp_path, projections, config, heads=HEADS), truth, "native_cpu")
+    folder = write_quantised(tmp_path, projections, config, heads=HEADS)
+    check_statistics(folder, truth, "native_cpu")
+    assert {read["encoding"] for read in plan_of(folder)["reads"]} == {f"MLX {mode}, blocks of {block}"}
 
 
 CT: dict[str, Any] = {

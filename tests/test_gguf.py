@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 import tracemalloc
@@ -64,6 +65,15 @@ def model(layers: int = 1) -> dict[str, Any]:
         tensors[f"blk.{layer}.attn_norm.weight"] = np.linspace(0.5, 2, HIDDEN, dtype=np.float32)
         tensors[f"blk.{layer}.ffn_up.weight"] = np.full((4, HIDDEN), 1e6, np.float32)
     return tensors
+
+
+def test_the_types_tested_are_all_that_the_package_writes() -> None:
+    written = []
+    for kind in gguf.GGMLQuantizationType:
+        with contextlib.suppress(NotImplementedError, KeyError, ValueError):
+            gguf.quantize(np.ones((1, 256), np.float32), kind)
+            written.append(kind.name)
+    assert sorted(written) == sorted(CAN_WRITE)
 
 
 @pytest.mark.parametrize("kind", CAN_WRITE)
@@ -240,6 +250,73 @@ def test_latent_attention_s_row_order_is_that_of_its_converter(
     found = llmfp.scan(write(tmp_path / "model.gguf", tensors, architecture)).main
     assert (found.heads, found.head_dim, found.rotary) == (4, 32, Rotary(8, interleaved))
     assert found.roles["kv_latent_norm"]["mean"] == [2]
+
+
+def halved() -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32]]:
+    """A layer of latent attention as llama.cpp has it now, 4 heads of 32 + 16 rows and 24 values, and its kv_b."""
+    rng, (heads, nope, value, latent) = np.random.default_rng(4), (4, 32, 24, 64)
+    shapes = {"attn_q": (heads * (nope + 16), 256), "attn_kv_a_mqa": (latent + 16, 256), "attn_output": (256, 96)}
+    tensors = {
+        f"blk.0.{name}.weight": rng.normal(0.1, n + 1, shape).astype(np.float32)
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+    kv_b = rng.normal(0.5, 6, (heads, nope + value, latent)).astype(np.float32)
+    kv_b[:, :nope] -= 3
+    tensors["blk.0.attn_k_b.weight"] = np.ascontiguousarray(kv_b[:, :nope].transpose(0, 2, 1))
+    tensors["blk.0.attn_v_b.weight"] = np.ascontiguousarray(kv_b[:, nope:])
+    tensors["blk.0.attn_kv_a_norm.weight"] = np.full(latent, 2, np.float32)
+    return tensors, kv_b.reshape(-1, latent)
+
+
+def test_latent_attention_s_second_factor_in_two_tensors_is_one(tmp_path: Path) -> None:
+    """llama.cpp's converter splits kv_b per head, and turns its keys' part over."""
+    tensors, kv_b = halved()
+    stored = write(tmp_path / "two.gguf", tensors, "deepseek2")
+    whole = {name: tensor for name, tensor in tensors.items() if not name.endswith(("k_b.weight", "v_b.weight"))}
+    plain = llmfp.scan(write(tmp_path / "one.gguf", {**whole, "blk.0.attn_kv_b.weight": kv_b}, "deepseek2")).main
+    for deep in (False, True):
+        found = llmfp.scan(stored, deep=deep)
+        for key in ("std", "mean"):
+            for role in ("kv_a", "kv_b", "kv_latent_norm"):
+                assert found.main.roles[role][key] == pytest.approx(plain.roles[role][key], rel=1e-6), role
+        assert found.main.roles["kv_b"]["std"] == pytest.approx([kv_b.std(dtype=np.float64)], rel=1e-6)
+        assert set(found.main.roles) == set(plain.roles)
+        assert (found.main.heads, found.main.head_dim, found.main.rotary) == (4, 48, plain.rotary)
+        assert [caveat for caveat in found.caveats if "attn_k_b" in caveat] == [
+            "kv_b is stored as attn_k_b and attn_v_b: its σ is that of both, nothing is kept of its heads"
+        ]
+    sampled = llmfp.scan(stored, sample=0.5).main
+    ((low, high),) = sampled.interval["kv_b"]
+    assert low < kv_b.std(dtype=np.float64) < high < 1.1 * low
+    assert sampled.roles["kv_b"]["std"] == pytest.approx([kv_b.std(dtype=np.float64)], rel=0.1)
+    found.save(tmp_path / "two.fp.safetensors")
+    assert llmfp.load(tmp_path / "two.fp.safetensors") == found
+    both = llmfp.scan(write(tmp_path / "both.gguf", {**tensors, "blk.0.attn_kv_b.weight": kv_b}, "deepseek2"))
+    assert both.main.roles == plain.roles
+    assert not any("attn_k_b" in caveat for caveat in both.caveats)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"attn_v_b": None}, "attn_k_b.weight' is half of kv_b, and v_b is missing"),
+        ({"attn_k_b": None}, "attn_v_b.weight' is half of kv_b, and k_b is missing"),
+        ({"attn_v_b": (4, 24, 32)}, "attn_v_b.weight' does not fit the other factors"),
+        ({"attn_k_b": (3, 64, 32)}, "attn_v_b.weight' does not fit the other factors"),
+        ({"attn_k_b": (2, 2, 64, 32)}, "attn_k_b.weight' has shape [2, 2, 64, 32]"),
+    ],
+)
+def test_halves_that_do_not_belong_together_are_refused(
+    changed: dict[str, tuple[int, ...] | None], words: str, tmp_path: Path
+) -> None:
+    tensors, _ = halved()
+    for name, shape in changed.items():
+        del tensors[f"blk.0.{name}.weight"]
+        if shape is not None:
+            tensors[f"blk.0.{name}.weight"] = np.ones(shape, np.float32)
+    with pytest.raises(LlmfpError) as caught:
+        llmfp.scan(write(tmp_path / "x.gguf", tensors, "deepseek2"))
+    assert words in str(caught.value)
 
 
 def test_llama_s_row_order_is_recorded(tmp_path: Path) -> None:

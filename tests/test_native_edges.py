@@ -345,7 +345,8 @@ def test_nothing_is_read_behind_the_last_element(tmp_path: Path) -> None:
 def test_arguments_that_reach_outside_are_refused(change: dict[str, Any]) -> None:
     chunk = Chunk(bytes(64), "F32", 4, 4, 0, 16, 32)
     NATIVE.marginals(chunk)
-    arguments = {name: getattr(replace(chunk, **change), name) for name in chunk.__slots__}
+    taken = [name for name in chunk.__slots__ if name not in ("col_runs", "run_cols", "run_bytes")]  # one run at a time
+    arguments = {name: getattr(replace(chunk, **change), name) for name in taken}
     with pytest.raises(ValueError, match=r"\w"):
         _native.marginals(LEVELS[0], *arguments.values())
 

@@ -20,6 +20,7 @@ A family file says how attention tensors are named and laid out and what the nor
               "groups_unless": "multi_query_…"      equal thirds are groups (KV = H) unless config.json says true
           "q": {"tensor": …, "layout": "gated"},    per head its query rows, then as many of a gate, which is not read
           "q_a", "q_b", "kv_a", "kv_b", "kv", "o_a", "o_b"        factors of latent attention
+          "k_b", "v_b"                              kv_b in two tensors, [heads, latent, nope] and [heads, v, latent]
           "stored": "in_out",                       Conv1D: [in, out]; default [out, in]
           "witness": "mlp.c_fc_0.weight",           a name that look-alikes lack
           "draft": "eh_proj.weight",                a name only multi-token-prediction layers have, which are left out

@@ -29,7 +29,7 @@ def lay_views(
         if part in parts:
             _check_lora(checkpoint, parts[part], names)
     for role in Role:
-        if role in parts:
+        if role in parts and (role.whole is role or role.whole not in parts):
             rows, cols = parts[role].shape
             views[role] = WeightView(parts[role], 1, rows, cols, 0, rows * cols, cols, _in_out(parts[role], names))
     if FUSED in parts:
@@ -47,7 +47,7 @@ def lay_bias(view: WeightView, bias: TensorSpec) -> WeightView | None:
     if bias.shape != (stored_cols if view.transposed else stored_rows,):
         return None
     if view.transposed:
-        return WeightView(bias, 1, 1, view.cols, view.start, view.cols, view.cols, False)
+        return WeightView(bias, 1, view.groups, view.cols, view.start, stored_cols, view.group_stride, False)
     first, stride = view.start // view.row_stride, view.group_stride // view.row_stride
     return WeightView(bias, 1, view.groups, view.rows, first, view.groups * stride, stride, False)
 
@@ -68,6 +68,8 @@ def latent_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
     Per head, Q puts out nope + rope, KV_B puts out nope + v, O reads v; KV_A puts out the latent and one rope for all.
     """
     q = views.get(Role.Q_B) or views.get(Role.Q)
+    if {Role.K_B, Role.V_B} <= views.keys():
+        return _split_sizes(views)
     if q is None or not {Role.KV_A, Role.KV_B, Role.O} <= views.keys():
         return None
     rope = views[Role.KV_A].outputs - views[Role.KV_B].inputs
@@ -78,6 +80,20 @@ def latent_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
     heads = ropes // rope
     (nope, rest), (value, odd) = divmod(nopes, heads), divmod(views[Role.O].inputs, heads)
     return None if rest or odd or nope <= 0 else Latent(heads, nope, rope, value)
+
+
+def _split_sizes(views: Mapping[Role, WeightView]) -> Latent | None:
+    """The same where KV_B lies in two tensors: K_B stacks a [latent, nope] per head, V_B a [v, latent]."""
+    q = views.get(Role.Q_B) or views.get(Role.Q)
+    if q is None or not {Role.KV_A, Role.O} <= views.keys():
+        return None
+    k, v, latent = views[Role.K_B], views[Role.V_B], views[Role.V_B].inputs
+    heads, rest = divmod(k.outputs, latent)
+    rope, nope = views[Role.KV_A].outputs - latent, k.inputs
+    fits = heads and not rest and v.outputs == views[Role.O].inputs and v.outputs % heads == 0
+    if not fits or rope <= 0 or q.outputs != heads * (nope + rope):
+        return None
+    return Latent(heads, nope, rope, v.outputs // heads)
 
 
 def latent_heads(views: Mapping[Role, WeightView]) -> int | None:
@@ -111,19 +127,20 @@ def _split(
             "and equal keys and values"
         )
     groups = _groups(checkpoint, spec, names.fused, o.inputs, kv_outputs, config)
-    if in_out and groups > 1:
-        raise _interleaved(checkpoint, spec)
     views, first = {}, 0
     for letter in names.fused.order:
         size = (o.inputs if letter == Role.Q else kv_outputs) // groups
-        if in_out:
-            views[Role(letter)] = WeightView(spec, 1, rows, size, first, rows * cols, cols, True)
-        else:
-            views[Role(letter)] = WeightView(
-                spec, groups, size, cols, first * cols, outputs // groups * cols, cols, False
-            )  # fmt: skip
+        views[Role(letter)] = _grouped(spec, groups, first, size, outputs // groups, in_out=in_out)
         first += size
     return views
+
+
+def _grouped(spec: TensorSpec, groups: int, first: int, size: int, stride: int, *, in_out: bool) -> WeightView:
+    """Of every `stride` outputs, `groups` times, the `size` from the `first` on."""
+    rows, cols = spec.shape
+    if in_out:
+        return WeightView(spec, groups, rows, size, first, stride, cols, True)
+    return WeightView(spec, groups, size, cols, first * cols, stride * cols, cols, False)
 
 
 def _in_out(spec: TensorSpec, names: TowerNames) -> bool:
@@ -144,13 +161,6 @@ def _check_lora(checkpoint: Checkpoint, spec: TensorSpec, names: TowerNames) -> 
                 f"{spec.name!r}, {outputs} outputs of {inputs} inputs",
                 hint="is the base the model that the adapter was trained on?",
             )
-
-
-def _interleaved(checkpoint: Checkpoint, spec: TensorSpec) -> ArchitectureError:
-    return ArchitectureError(
-        f"{named(checkpoint, spec)} interleaves its heads along its stored columns, which is not supported",
-        hint="scan the unquantised checkpoint",
-    )
 
 
 def _groups(
@@ -185,10 +195,8 @@ def _without_gate(checkpoint: Checkpoint, q: WeightView, o: WeightView | None, c
         )
     if q.outputs != 2 * o.inputs:
         return q
-    if q.transposed:
-        raise _interleaved(checkpoint, q.tensor)
     size = _head_size(checkpoint, q.tensor, o.inputs, config)
-    return WeightView(q.tensor, o.inputs // size, size, q.cols, 0, 2 * size * q.cols, q.cols, False)
+    return _grouped(q.tensor, o.inputs // size, 0, size, 2 * size, in_out=q.transposed)
 
 
 def _head_size(checkpoint: Checkpoint, spec: TensorSpec, q_outputs: int, config: Mapping[str, Any]) -> int:
@@ -237,7 +245,10 @@ def _check_latent(checkpoint: Checkpoint, views: Mapping[Role, WeightView]) -> N
                 f"{named(checkpoint, views[second].tensor)} reads {views[second].inputs} inputs, "
                 f"and {views[first].tensor.name!r} puts out {views[first].outputs}"
             )
-    for role, needed in ((Role.KV_B, {Role.KV_A, Role.O}), (Role.KV, {Role.Q_B})):
+    for role, other in ((Role.K_B, Role.V_B), (Role.V_B, Role.K_B)):
+        if role in views and other not in views:
+            raise ArchitectureError(f"{named(checkpoint, views[role].tensor)} is half of kv_b, and {other} is missing")
+    for role, needed in ((Role.KV_B, {Role.KV_A, Role.O}), (Role.V_B, {Role.K_B}), (Role.KV, {Role.Q_B})):
         if role in views and views.keys() >= needed and latent_heads(views) is None:
             shapes = ", ".join(f"{r} {list(view.tensor.shape)}" for r, view in views.items())
             raise ArchitectureError(

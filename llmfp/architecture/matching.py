@@ -43,7 +43,7 @@ from llmfp.architecture.layouts import FUSED, latent_sizes, lay_bias, lay_views,
 from llmfp.architecture.specs import ROLES, AttentionMap, NormGain, Projection, Role, Tower, Vector, WeightView
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.checkpoint.specs import PLAIN_FLOATS
-from llmfp.encoding import alone, encoded, weight_name
+from llmfp.encoding import alone, doubts, encoded, weight_name
 from llmfp.errors import ArchitectureError, EncodingError
 
 _CLOSEST = 6
@@ -88,6 +88,8 @@ def match(checkpoint: Checkpoint, tower: str | None = None) -> AttentionMap:
     for name in sorted({each.slot.tower for each in found if each.slot.part in PARTS}):
         in_tower = [each for each in found if each.slot.tower == name]
         towers.append(_tower(checkpoint, name, family.towers[name].as_configured(config), in_tower, config, caveats))
+    if any(p.view.tensor.encoding is not None for each in towers for p in each.projections):
+        caveats += doubts(checkpoint)
     used = {projection.view.tensor.name for each in towers for projection in each.projections}
     used |= {vector.view.tensor.name for each in towers for vector in each.vectors}
     for each in towers:
@@ -217,7 +219,7 @@ def _tower(
     for layer, parts in sorted(by_layer.items()):
         for part in parts:
             if part in PARTS:
-                parts[part] = _matrix(checkpoint, parts[part])
+                parts[part] = _matrix(checkpoint, parts[part], stacked=part in (Role.K_B, Role.V_B))
         if views := lay_views(checkpoint, parts, names, config):
             layers[layer] = views
     caveats += _role_caveats(checkpoint, name, names, layers)
@@ -230,7 +232,7 @@ def _tower(
         sizes = head_sizes(views, heads)
         in_layer = []
         for role, view in views.items():
-            gain = _gain(by_layer[layer], role, names, view, caveats)
+            gain = _gain(checkpoint, by_layer[layer], role, names, view, caveats)
             # Behind a post-norm's gain and bias the input has a mean of its own: only a pre-norm hides it from reads.
             centred = names.norm_kind == "layer" and (role.writes or (role.reads and not names.post_norm))
             in_layer.append(Projection(layer, role, view, gain, centred, sizes[role]))
@@ -295,7 +297,7 @@ def _norm_part(role: Role) -> str | None:
     """The norm whose gain scales a projection's inputs, or O's outputs."""
     if role.reads or role.writes:
         return "before" if role.reads else "after"
-    return {Role.Q_B: "q_latent", Role.KV_B: "kv_latent"}.get(role)
+    return {Role.Q_B: "q_latent", Role.KV_B: "kv_latent", Role.V_B: "kv_latent"}.get(role)
 
 
 def _bias_vectors(
@@ -320,9 +322,13 @@ def _beside(spec: TensorSpec) -> list[TensorSpec]:
     return [*parts, spec.lora.a, spec.lora.b] if spec.lora is not None else parts
 
 
-def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
-    """The projection a tensor stands for, be it quantised or not."""
+def _matrix(checkpoint: Checkpoint, stored: TensorSpec, *, stacked: bool) -> TensorSpec:
+    """The projection a tensor stands for, be it quantised or not; where one per head is `stacked`, all on top of each
+    other."""
     spec = encoded(checkpoint, stored)
+    if stacked and len(spec.shape) == 3:
+        heads, rows, cols = spec.shape
+        spec = replace(spec, shape=(heads * rows, cols))
     where = named(checkpoint, spec)
     if len(spec.shape) != 2:
         raise ArchitectureError(f"{where} has shape {list(spec.shape)}; an attention projection has two dimensions")
@@ -332,13 +338,26 @@ def _matrix(checkpoint: Checkpoint, stored: TensorSpec) -> TensorSpec:
 
 
 def _gain(
-    parts: Mapping[str, TensorSpec], role: Role, names: TowerNames, view: WeightView, caveats: list[str]
+    checkpoint: Checkpoint,
+    parts: Mapping[str, TensorSpec],
+    role: Role,
+    names: TowerNames,
+    view: WeightView,
+    caveats: list[str],
 ) -> NormGain | None:
+    """The gain next to a projection. Where it does not fit what a projection's codes are said to stand for, what was
+    said is wrong (EncodingError): words hold as many codes of 4 bits in groups of 64 as of 8 bits in groups of 32."""
     part = _norm_part(role)
     spec = None if part is None else parts.get(part)
     if spec is None:
         return None
     size = view.outputs if role.writes else view.inputs
+    if view.tensor.encoding is not None and len(spec.shape) == 1 and spec.shape != (size,):
+        raise EncodingError(
+            f"{named(checkpoint, view.tensor)} is {list(view.tensor.shape)} as {view.tensor.encoding.label}, "
+            f"and norm gain {spec.name!r} beside it has {spec.shape[0]} entries",
+            hint="do config.json and the weights belong together?",
+        )
     if spec.shape != (size,) or spec.dtype not in PLAIN_FLOATS:
         stored = f"{spec.dtype} {list(spec.shape)}"
         caveats.append(f"norm gain {spec.name!r} is {stored}, not a float of [{size}]; taken as 1")
@@ -359,7 +378,7 @@ def _config_caveats(
     if stated_types and not stated_types & family.model_types:
         caveats.append(
             f"model type {', '.join(map(repr, sorted(stated_types)))} is not known; "
-            f"names match the {family.name} family, whose norms are assumed"
+            f"names match the {family.name} family, whose norms and rotary embedding are assumed"
         )
     stored = len({each.layer for each in found if each.slot.part in PARTS and each.slot.tower != "encoder"})
     stated = integer(config, LAYERS)

@@ -10,7 +10,10 @@ from llmfp.checkpoint import TensorSpec
 
 
 class Role(StrEnum):
-    """What a projection does: Q, K, V, O, or a factor of them in latent attention (K and V share KV or KV_A, KV_B)."""
+    """What a projection does: Q, K, V, O, or a factor of them in latent attention (K and V share KV or KV_A, KV_B).
+
+    K_B and V_B are KV_B in two tensors: per head one that makes its key, transposed, and one that makes its value.
+    """
 
     Q = "q"
     K = "k"
@@ -23,6 +26,13 @@ class Role(StrEnum):
     KV = "kv"
     O_A = "o_a"
     O_B = "o_b"
+    K_B = "k_b"
+    V_B = "v_b"
+
+    @property
+    def whole(self) -> Role:
+        """What statistics are kept of: itself, or what it is stored as a part of."""
+        return Role.KV_B if self in (Role.K_B, Role.V_B) else self
 
     @property
     def reads(self) -> bool:
@@ -50,7 +60,8 @@ class WeightView:
 
     Element (g, i, j) is number start + g·group_stride + i·row_stride + j of the tensor. A plain matrix has one group;
     a fused tensor that interleaves Q, K and V per head has one group per head. `transposed` says that the tensor is
-    stored [in, out] (Conv1D), so that its rows are the columns of W.
+    stored [in, out] (Conv1D, GPTQ), so that its rows are the columns of W: then groups are runs of columns of the same
+    rows, else runs of rows.
     """
 
     tensor: TensorSpec
@@ -69,14 +80,29 @@ class WeightView:
         return self.groups * self.rows * self.cols * self.tensor.nbytes // (rows * cols)
 
     @property
+    def col_runs(self) -> int:
+        """Runs of stored columns that it is made of."""
+        return self.groups if self.transposed else 1
+
+    @property
+    def row_runs(self) -> int:
+        """Runs of stored rows that it is made of."""
+        return 1 if self.transposed else self.groups
+
+    @property
+    def all_cols(self) -> int:
+        """Stored columns in all runs."""
+        return self.col_runs * self.cols
+
+    @property
     def outputs(self) -> int:
         """Rows of W: what the projection computes."""
-        return self.cols if self.transposed else self.groups * self.rows
+        return self.all_cols if self.transposed else self.groups * self.rows
 
     @property
     def inputs(self) -> int:
         """Columns of W: what it reads."""
-        return self.groups * self.rows if self.transposed else self.cols
+        return self.rows if self.transposed else self.cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +158,7 @@ class Projection:
 @dataclass(frozen=True, slots=True)
 class Vector:
     """A bias or a gain next to attention, of which σ and mean are kept: `q_bias`, `k_bias`, `v_bias`, `norm` (in front
-    of Q, K, V), `post_norm` (behind O), `q_latent_norm` and `kv_latent_norm` (in front of Q_B and KV_B).
+    of Q, K, V), `post_norm` (behind O), `q_latent_norm` and `kv_latent_norm` (in front of Q_B and KV_B or V_B).
 
     view    rows × columns within a 1-D tensor: one row, or one per group where its weights are interleaved
     offset  added to the stored mean: the gain of a norm that multiplies by 1 + weight
@@ -171,7 +197,7 @@ class Tower:
     @property
     def roles(self) -> tuple[str, ...]:
         """Names under which statistics are kept: q, k, v, o, then latent factors, then biases and gains as stored."""
-        factors = (str(role) for role in Role if any(p.role is role for p in self.projections))
+        factors = (str(role) for role in Role if any(p.role.whole is role for p in self.projections))
         return tuple(dict.fromkeys([*map(str, ROLES), *factors, *(vector.role for vector in self.vectors)]))
 
 

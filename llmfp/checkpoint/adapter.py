@@ -24,6 +24,8 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _MODELS = ("model*.safetensors", "pytorch_model*.bin", "*.gguf")
 _CONFIG_BYTES = 1 << 20
 _WRAPPER = "base_model.model."
+_WEIGHT = ("weight", "qweight", "weight_packed", "W_q")
+"""What a module's weights are called, as floats or as codes."""
 _LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?$")
 _INITS_THAT_KEEP_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 _UNSUPPORTED = {
@@ -76,7 +78,7 @@ def open_adapted(path: Path, base: Path | None) -> Checkpoint:
     for module, pair in factors.items():
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"{weights}: {module!r} has only factor {''.join(pair)} of A and B")
-        target = names.find(f"{module}.weight")
+        target = next((found for last in _WEIGHT if (found := names.find(f"{module}.{last}")) is not None), None)
         if target is None:
             raise CheckpointError(
                 f"{weights}: tensor {pair['A'].name!r} adapts {module!r}, which the base does not have",

@@ -117,8 +117,8 @@ def _config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _caveats(tensors: Mapping[str, TensorSpec]) -> list[str]:
     caveats = []
-    if any(name.endswith("attn_k_b.weight") for name in tensors):
-        caveats.append("kv_b is stored as attn_k_b and attn_v_b, of three dimensions; they are not read")
+    if any(name.endswith("attn_k_b.weight") and name.replace("_k_b", "_kv_b") not in tensors for name in tensors):
+        caveats.append("kv_b is stored as attn_k_b and attn_v_b: its σ is that of both, nothing is kept of its heads")
     return caveats
 
 

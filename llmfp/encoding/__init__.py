@@ -12,9 +12,10 @@ import importlib
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.checkpoint.specs import ITEM_BITS
+from llmfp.checkpoint.strict_json import shown
 from llmfp.encoding import refused
 from llmfp.encoding.floats import decode_gain
-from llmfp.encoding.specs import Encoding, Siblings, refusal, stated_method
+from llmfp.encoding.specs import Encoding, Siblings, refusal, settings, stated_method
 
 FLOATS = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 """Dtypes whose stored values are the weights."""
@@ -37,8 +38,16 @@ _SIBLINGS = {
 _SCALES = (
     "weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point", "weight_shape",
     "qscale_weight", "scale_weight", "scales", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax",
+    "packing",
 )  # fmt: skip
 """Last components of names that nothing but scales, zeros and the like of a quantised weight have."""
+
+
+_METHODS = (
+    "auto-round", "awq", "bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit", "compressed-tensors", "fbgemm_fp8",
+    "fp8", "gptq", "hqq", "intel/auto-round", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8", "quark",
+)  # fmt: skip
+"""What config.json may call the quantisation of what is read here; MLX has no name for it."""
 
 
 def weight_name(name: str) -> str:
@@ -54,6 +63,13 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     missing or do not fit.
     """
     module, _, last = spec.name.rpartition(".")
+    if (factor := checkpoint.tensors.get(f"{module}.pre_quant_scale")) is not None:
+        raise refusal(
+            checkpoint,
+            factor,
+            f"multiplies the inputs of {spec.name!r}, which is not supported",
+            "scan the unquantised checkpoint",
+        )
     method = _CODES.get(last)
     if method is None:
         method = next((m for field, m in _SIBLINGS.items() if f"{module}.{field}" in checkpoint.tensors), None)
@@ -62,6 +78,21 @@ def encoded(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     encode = importlib.import_module(f"llmfp.encoding.{method}").encode
     result: TensorSpec = encode(checkpoint, spec, Siblings(checkpoint, spec))
     return result
+
+
+def doubts(checkpoint: Checkpoint) -> list[str]:
+    """What config.json says of quantised projections that the tensors do not show, as caveats."""
+    stated, found = settings(checkpoint), []
+    method = stated.get("quant_method")
+    if method is not None and method not in _METHODS:
+        found.append(
+            f"config.json says quant_method {shown(method)}, which is not known; "
+            "codes and scales are read as their names and shapes say"
+        )
+    transforms = stated.get("transform_config")
+    if isinstance(transforms, dict) and transforms.get("config_groups"):
+        found.append("config.json says that weights were turned (transform_config); they are read as they are stored")
+    return found
 
 
 def alone(checkpoint: Checkpoint) -> dict[str, TensorSpec]:
@@ -105,4 +136,4 @@ def _unquantised(checkpoint: Checkpoint, spec: TensorSpec) -> TensorSpec:
     return blocks.encode(checkpoint, spec)
 
 
-__all__ = ["FLOATS", "Encoding", "alone", "decode_gain", "encoded", "weight_name"]
+__all__ = ["FLOATS", "Encoding", "alone", "decode_gain", "doubts", "encoded", "weight_name"]

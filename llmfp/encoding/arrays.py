@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+@np.errstate(invalid="ignore")  # signalling NaN
 def values(stored: bytes, dtype: str) -> NDArray[np.float64]:
     """Floats, or integers, of any dtype that scales and zeros are stored as, flat, as float64."""
     if dtype in ("F8_E8M0", "U8"):

@@ -23,7 +23,7 @@ _METHODS = {"gptq": "gptq", "awq": "gemm", "auto-round": None, "intel/auto-round
 _FORMATS = {
     "gptq": "GPTQ", "auto_round:auto_gptq": "GPTQ", "gptq_v2": "GPTQ v2", "gemm": "AWQ", "auto_round:auto_awq": "AWQ",
 }  # fmt: skip
-_STATED_IN = ("checkpoint_format", "packing_format", "version")
+_STATED_IN = ("checkpoint_format", "packing_format", "version", "format")
 _OVERRIDES = ("dynamic", "extra_config")
 """Where gptqmodel and AutoRound give single modules other bits and groups: then shapes alone tell."""
 _BELONG = "do config.json and the weights belong together?"

@@ -1,8 +1,8 @@
 """MLX: codes of 2 to 8 bits as one run of bits per row of 32-bit words, a scale and a shift per group of a row.
 
-value = code * scale + bias. Bits and group size are in config.json, under `quantization`, and may differ by module.
-The newer modes mxfp4, mxfp8 and nvfp4 are the same floats as elsewhere, in words. Source: MLX's documentation of
-quantize; checked against mlx 0.32.
+value = code * scale + bias. Bits and group size are in config.json, under `quantization`, and may differ by module:
+what is said of one stands alone, over the library's defaults. The newer modes mxfp4, mxfp8 and nvfp4 are the same
+floats as elsewhere, in words. Source: MLX's documentation of quantize and mlx_lm's loader; checked against mlx 0.32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _BITS = (2, 3, 4, 5, 6, 8)
 _FLOATS = ("F16", "BF16", "F32")
 _MICROSCALING = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 """Mode → bits and block."""
+_AFFINE = {"mode": "affine", "bits": 4, "group_size": 64}
+"""What holds for a module of which something else is said."""
 _BELONG = "do config.json and the weights belong together?"
+_ELSEWHERE = "scan the unquantised checkpoint"
 
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
@@ -31,19 +34,19 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
             spec,
             f"is {spec.dtype} {list(spec.shape)} with {spec.name.removesuffix('weight')}scales beside it, "
             "which is no known format",
-            "scan the unquantised checkpoint",
+            _ELSEWHERE,
         )
-    stated = _stated(settings(checkpoint), spec.name.rpartition(".")[0])
+    stated = _stated(checkpoint, spec.name.rpartition(".")[0])
     mode = stated.get("mode", "affine")
-    if mode in _MICROSCALING:
-        return _microscaling(spec, siblings, str(mode))
+    if isinstance(mode, str) and mode in _MICROSCALING:
+        return _microscaling(checkpoint, spec, siblings, mode)
     if mode != "affine":
-        raise refusal(checkpoint, spec, f"is quantised in mode {str(mode)[:40]!r}", "scan the unquantised checkpoint")
+        raise refusal(checkpoint, spec, f"is quantised in mode {str(mode)[:40]!r}", _ELSEWHERE)
     rows, words = spec.shape
     scale = siblings.need("scales", _FLOATS)
     bias = siblings.need("biases", _FLOATS, scale.shape)
     bits, size = stated.get("bits"), stated.get("group_size")
-    if bits not in _BITS or not isinstance(size, int) or size < 1:
+    if type(bits) is not int or bits not in _BITS or type(size) is not int or size < 1:
         raise refusal(
             checkpoint,
             spec,
@@ -73,16 +76,23 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
     return replace(spec, shape=(rows, cols), encoding=encoding)
 
 
-def _stated(stated: Mapping[str, Any], module: str) -> Mapping[str, Any]:
-    """What holds for a module: what is said of all, and over it what is said of this one."""
-    own = stated.get(module)
-    return {**stated, **own} if isinstance(own, dict) else stated
+def _stated(checkpoint: Checkpoint, module: str) -> Mapping[str, Any]:
+    """What holds for a module: what is said of it, else what is said of all.
+
+    A model that was quantised before MLX took it may still say how under `quantization_config`.
+    """
+    own = checkpoint.config.get("quantization")
+    stated = own if isinstance(own, dict) else settings(checkpoint)
+    alone = stated.get(module)
+    return {**_AFFINE, **alone} if isinstance(alone, dict) else stated
 
 
-def _microscaling(spec: TensorSpec, siblings: Siblings, mode: str) -> TensorSpec:
+def _microscaling(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings, mode: str) -> TensorSpec:
     bits, block = _MICROSCALING[mode]
     rows, cols = spec.shape[0], spec.shape[1] * 32 // bits
     scale = siblings.need("scales", ("U8",), (rows, -(-cols // block)))
+    if (whole := siblings.find("global_scale", ("F32", "BF16", "F16"))) is not None:
+        raise refusal(checkpoint, whole, f"scales {spec.name!r} as a whole, which is not supported", _ELSEWHERE)
     if mode == "nvfp4":
         scale = replace(scale, dtype="F8_E4M3")
     label = f"MLX {mode}, blocks of {block}"

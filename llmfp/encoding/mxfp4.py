@@ -7,7 +7,7 @@ Microscaling Formats v1.0; checked against compressed-tensors 0.20.
 from __future__ import annotations
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding.specs import Siblings, refusal, small_floats, unswizzled
+from llmfp.encoding.specs import Siblings, refusal, small_floats, symmetric, unswizzled
 
 _BLOCK = 32
 
@@ -26,4 +26,5 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
     field, needed = "weight_scales" if blocks else "weight_scale", (spec.shape[0], -(-cols // _BLOCK))
     unswizzled(checkpoint, spec, siblings.need(field, ("U8", "F8_E8M0")), needed)
     scale = siblings.need(field, ("U8", "F8_E8M0"), needed)
+    symmetric(checkpoint, siblings)
     return small_floats(spec, cols, _BLOCK, (("scale", scale),), "MXFP4, blocks of 32")

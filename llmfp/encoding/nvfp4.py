@@ -6,8 +6,10 @@ Source: their documentation and code; checked against compressed-tensors 0.20.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmfp.checkpoint import Checkpoint, TensorSpec
-from llmfp.encoding.specs import Siblings, refusal, small_floats, unswizzled
+from llmfp.encoding.specs import Siblings, refusal, small_floats, symmetric, unswizzled
 
 _BLOCK = 16
 
@@ -24,7 +26,8 @@ def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> Tens
     rows, cols = spec.shape[0], 2 * spec.shape[1]
     needed = rows, -(-cols // _BLOCK)
     unswizzled(checkpoint, spec, siblings.need("weight_scale", ("F8_E4M3", "U8")), needed)
-    scale = siblings.need("weight_scale", ("F8_E4M3", "U8"), needed)
+    scale = replace(siblings.need("weight_scale", ("F8_E4M3", "U8"), needed), dtype="F8_E4M3")  # bytes hold the same
+    symmetric(checkpoint, siblings)
     divisor = siblings.find("weight_global_scale", ("F32",))
     factor = divisor or siblings.need("weight_scale_2", ("F32",))
     if factor.nbytes != factor.itemsize:

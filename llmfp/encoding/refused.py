@@ -23,6 +23,7 @@ CODES = {
     "indices": ("VPTQ", _VECTORS),
     "Qidxs": ("QuIP#", _VECTORS),
     "dense_weights": ("SpQR", "its outliers are stored apart"),
+    "compressed": ("sparse compressed-tensors", "its zeros are left out"),
     "B": ("Marlin", _KERNEL),
     "B_24": ("sparse Marlin", _KERNEL),
 }

@@ -21,12 +21,15 @@ from llmfp.marginals import Coding
 _CODES = {"F8_E4M3": "F8_E4M3", "F8_E5M2": "F8_E5M2", "I8": "int"}
 _SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale_weight", "scale")
 _ZERO = "weight_zero_point"
+_EXPONENTS = ("U8", "F8_E8M0")
+_MICROSCALING_BLOCK = 32
+"""What shares an exponent in a row of MXFP8, where nothing else is stated (OCP Microscaling Formats v1.0)."""
 
 
 def encode(checkpoint: Checkpoint, spec: TensorSpec, siblings: Siblings) -> TensorSpec:
     """See llmfp.encoding.encoded."""
     field, scale = next((f, s) for f in _SCALES if (s := siblings.find(f, SCALES)) is not None)
-    if spec.dtype == "U8" and scale.dtype in ("U8", "F8_E8M0"):  # two 4-bit floats to a byte, as Quark names them
+    if spec.dtype == "U8" and scale.dtype in _EXPONENTS:  # two 4-bit floats to a byte, as Quark names them
         return mxfp4.encode(checkpoint, spec, siblings)
     if spec.dtype not in _CODES or len(spec.shape) != 2:
         raise refusal(
@@ -95,6 +98,8 @@ def _blocks(checkpoint: Checkpoint, spec: TensorSpec, scale: TensorSpec) -> tupl
             f"{list(spec.shape)}",
             "do config.json and the weights belong together?",
         )
+    if scale.dtype in _EXPONENTS and scale.shape == (rows, -(-cols // _MICROSCALING_BLOCK)):
+        return 1, _MICROSCALING_BLOCK
     raise refusal(
         checkpoint,
         scale,
@@ -109,7 +114,10 @@ def _of_groups(stated: Mapping[str, Any]) -> object:
     for group in groups.values() if isinstance(groups, dict) else ():
         weights = group.get("weights") if isinstance(group, dict) else None
         if isinstance(weights, dict):
-            if isinstance(size := weights.get("block_structure"), list):
+            size = weights.get("block_structure")
+            if isinstance(size, str):  # "128x128", as the library wrote it at first
+                return [int(n) for n in size.split("x") if n.isascii() and n.isdigit() and len(n) < 10]
+            if isinstance(size, list):
                 return size
             if isinstance(size := weights.get("group_size"), int) and size > 0:
                 return [1, size]

@@ -10,6 +10,7 @@ from typing import Any
 
 from llmfp.checkpoint import Checkpoint, TensorSpec
 from llmfp.checkpoint.live import LiveCheckpoint
+from llmfp.checkpoint.specs import ITEM_BITS
 from llmfp.errors import CheckpointError, EncodingError
 from llmfp.marginals import Coding
 
@@ -94,6 +95,14 @@ def small_floats(spec: TensorSpec, cols: int, block: int, parts: Parts, label: s
         kept_bytes=kept_bytes(parts, coding.scale_rows * coding.scale_cols),
     )
     return replace(spec, shape=(rows, cols), encoding=encoding)
+
+
+def symmetric(checkpoint: Checkpoint, siblings: Siblings) -> None:
+    """Refuses zeros beside 4-bit floats, which no format that is known here says the use of."""
+    if (zero := siblings.find("weight_zero_point", ITEM_BITS)) is not None:
+        raise refusal(
+            checkpoint, zero, "shifts 4-bit floats, which is not supported", "scan the unquantised checkpoint"
+        )
 
 
 def unswizzled(checkpoint: Checkpoint, spec: TensorSpec, scale: TensorSpec, needed: tuple[int, int]) -> None:
