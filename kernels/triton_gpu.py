@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -51,6 +52,8 @@ PART_ROWS = 256
 FOLD_ROWS = 32
 MERGE_BLOCK = 128
 LOAD_BYTES = 16
+_INTERPRETER = threading.Lock()
+"""Triton's puts its functions in place of the language's while it runs: it is for one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,7 +546,7 @@ class TritonGpu(Reference):
         if not self.interpreted:
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
             return
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with _INTERPRETER, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
 

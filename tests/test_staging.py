@@ -17,6 +17,7 @@ import llmfp
 from llmfp import api, device, engine
 from llmfp.architecture import match
 from llmfp.checkpoint import open_checkpoint
+from llmfp.device_sums import SumsRoom
 from llmfp.errors import BackendError, CheckpointError, LlmfpError
 from llmfp.kernels import on, triton_gpu
 from llmfp.plan import Step, make_plan
@@ -189,7 +190,7 @@ def test_a_scan_through_the_ring_is_the_scan_without_it(layout: str, links: int,
     attention = match(checkpoint)
     backend, _ = on("cpu")
     devices = [FakeLink(str(n)) for n in range(links)]
-    reader = StagedReader(PreadReader(checkpoint.shards), devices, 1 << 12)
+    reader = StagedReader(PreadReader(checkpoint.shards), devices, 1 << 12, SumsRoom(1 << 20))
     plan = make_plan(checkpoint, attention, backend, threads=2, step_bytes=1 << 10, deep=True)
     try:
         result = engine.run(plan, backend, reader)
