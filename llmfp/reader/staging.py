@@ -162,6 +162,7 @@ class StagedReader:
         self.name = files.name
         self.step_bytes = slot_bytes
         self.extra_bytes = SLOTS * slot_bytes * len(links) // WORKERS + sums_room.kept_bytes
+        self.ahead_bytes = SLOTS * slot_bytes * len(links)  # so that every device has steps to come, not the next alone
         self.sums_room: SumsRoom | None = sums_room
         self._files = files
         self._device_of: Sequence[int] = ()
