@@ -163,7 +163,7 @@ def launches(backend: triton_gpu.TritonGpu, patch: pytest.MonkeyPatch, wanted: l
     def counting(kernel: Any, *args: Any, **constants: Any) -> None:
         seen.append(kernel.__name__)
         if wanted is not None and kernel.__name__ == "exact_tiles":
-            wanted.append(int(args[4].sum()))
+            wanted.append(int(args[5].sum()))
         launch(kernel, *args, **constants)
 
     patch.setattr(backend, "_launch", counting)
