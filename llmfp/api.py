@@ -138,7 +138,12 @@ def _scan_live(
     while True:
         if isinstance(chosen, Deferring):
             room = devices.resident_room(chosen, planning["memory_bytes"], size)
-        opened = replace(live, caveats=tuple(notes)), attention, chosen, TensorReader(live, attention, chosen, room)
+        opened = (
+            replace(live, caveats=(*live.caveats, *notes)),
+            attention,
+            chosen,
+            TensorReader(live, attention, chosen, room),
+        )
         try:
             return _run(opened, planning, planned, progress, start, device=device)
         except RuntimeError as error:
