@@ -109,7 +109,6 @@ def _run(scan: _Scan, progress: Progress | None) -> Result:
             worker.join()
     if scan.error is not None:
         raise scan.error
-    scan.bring_back()
     if progress is not None:
         progress(plan.step_bytes, plan.step_bytes)
     return scan.result()
@@ -126,7 +125,7 @@ class _Scan:
         self.error: BaseException | None = None
         self.bytes_done = 0
         self._next = 0
-        self._workers_left = plan.threads
+        self._workers_taking = self._workers_left = plan.threads
         self._ahead = 0
         self._ahead_bytes = 0
         steps = Counter((step.task, step.second) for step in plan.steps)
@@ -168,6 +167,11 @@ class _Scan:
         try:
             while (number := self._take()) is not None:
                 self._do(number)
+            with self.lock:
+                self._workers_taking -= 1
+                last = self._workers_taking == 0
+            if last:  # a worker, since the caller's thread may be on a stream of its own
+                self.bring_back()
         except BaseException as error:  # handed to the calling thread, whatever it is
             with self.lock:
                 self.error = self.error or error
