@@ -170,7 +170,7 @@ class _Scan:
             with self.lock:
                 self._workers_taking -= 1
                 last = self._workers_taking == 0
-            if last:  # a worker, since the caller's thread may be on a stream of its own
+            if last and not self.stop:  # a worker, since the caller's thread may be on a stream of its own
                 self.bring_back()
         except BaseException as error:  # handed to the calling thread, whatever it is
             with self.lock:
@@ -233,12 +233,15 @@ class _Scan:
                 parts = [self.backend.marginals(chunk) for chunk in chunks]
             else:
                 full = self._sums.add(number, chunks)
+            done: LayerGrams | None = None
             if (task.tower, task.layer) in self.plan.circuits and not step.second:
-                self._multiply(number, chunks, position + step.nbytes)
+                done = self._multiply(number, chunks, position + step.nbytes)
             del data, chunks
             self.reader.release(step)
         except OSError as error:
             raise self._unreadable(task.tensor, error) from None
+        if done is not None:
+            self._close_circuits((task.tower, task.layer), done)
         with self.lock:
             self.bytes_done += step.nbytes
             self._before_second[step.task] -= 1
@@ -322,8 +325,10 @@ class _Scan:
         row = step.group * task.rows + step.row
         return None, memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
 
-    def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> None:
-        """Hands a step's rows to the Gram matrices of its layer; `stop`: where they end in their buffer."""
+    def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> LayerGrams | None:
+        """Hands a step's rows to the Gram matrices of its layer; returns these when they are complete.
+
+        stop: where the rows end in their buffer."""
         step = self.plan.steps[number]
         task = self.plan.tasks[step.task]
         key = task.tower, task.layer
@@ -338,10 +343,9 @@ class _Scan:
         if grams.heads.asks(by_role):
             self._keys_are_here[key].wait()
             if self.stop:
-                return
-        for role in by_role:
-            if grams.add(role, row, self._order[number], by_role):
-                self._close_circuits(key, grams)
+                return None
+        complete = [grams.add(role, row, self._order[number], by_role) for role in by_role]
+        return grams if any(complete) else None
 
     def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
         from llmfp.circuits import layer_grams

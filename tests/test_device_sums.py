@@ -252,8 +252,7 @@ def test_a_model_where_it_lies_takes_a_handful_of_launches(
     monkeypatch.setattr(device, "resident_room", lambda *_: SumsRoom(1 << 26))
     alone = scan()
     counts = [count, between, seen.count("marginal_tiles")]
-    assert counts == sorted(counts)
-    assert len(set(counts)) == 3 or layout != "llama"
+    assert layout != "llama" or counts[0] < counts[1] < counts[2]
     assert together.digest == few.digest == alone.digest
     assert together.towers == few.towers == alone.towers
     stored = llmfp.scan(tensors, config=config)
@@ -350,3 +349,43 @@ def test_a_model_on_a_full_device_gets_smaller_launches_and_that_is_said(
     monkeypatch.setattr(api, "backend_on", lambda *_: (Small(lazy), ""))
     with pytest.raises((OutOfMemoryError, BackendError)):
         llmfp.scan(tensors, config=config)
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert", "deepseek"])
+def test_heads_are_multiplied_without_a_value_from_the_device(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps of a deep scan on torch's device without values, up to where a layer's products come back."""
+    from llmfp.device_circuits import DeviceGrams
+
+    class Meta(Lazy):
+        def launch(self, chunks: Sequence[Chunk]) -> Any:
+            return super().launch([replace(chunk, data=bytes(chunk.data.numel())) for chunk in chunks])  # type: ignore[union-attr]
+
+    class MetaReader(PreadReader):
+        sums_room = SumsRoom(1 << 30)
+
+        def read(self, step: Any) -> Any:
+            if step.rows == 0:
+                return super().read(step)
+            return torch.empty(step.nbytes, dtype=torch.uint8, device="meta"), 0
+
+    asked: list[int] = []
+
+    def finish(grams: DeviceGrams) -> None:
+        with pytest.raises(NotImplementedError):
+            original(grams)
+        asked.append(1)
+
+    original = DeviceGrams.finish
+    monkeypatch.setattr(DeviceGrams, "finish", finish)
+    monkeypatch.setattr("llmfp.circuits.circuits", lambda _: None)
+    checkpoint = open_checkpoint(build(layout, layers=4).write(tmp_path / layout))
+    backend = Meta(LazyDevice())
+    plan = make_plan(checkpoint, match(checkpoint), backend, threads=2, step_bytes=1 << 10, deep=True)
+    reader = MetaReader(checkpoint.shards)
+    try:
+        engine.run(plan, backend, reader)
+    finally:
+        reader.close()
+    assert len(asked) == len(plan.circuits) == 4
