@@ -373,10 +373,8 @@ class TritonGpu(Reference):
         """Device memory beside the chunk's own that its sums take, about: while they are computed; until fetched."""
         planes, units = (4 if chunk.col_weight or chunk.row_weight else 2), -(-chunk.rows // chunk.unit_rows)
         parts, values = units * -(-chunk.unit_rows // PART_ROWS), 2 * (chunk.rows + units * chunk.cols)
-        kept = (
-            values + (2 * chunk.rows if chunk.col_weight else 0) + (2 * units * chunk.cols if chunk.row_weight else 0)
-        )
-        kept += units * chunk.cols if chunk.cross else 0
+        kept = values + 2 * chunk.rows * bool(chunk.col_weight) + 2 * units * chunk.cols * bool(chunk.row_weight)
+        kept += units * chunk.cols * chunk.cross
         working = planes * values // 2
         for words, block_cols in ((1, 512), (2, 256)):  # float32 and float64 (see kernel_options)
             strips = -(-chunk.cols // block_cols)

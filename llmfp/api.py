@@ -70,7 +70,7 @@ def scan(
     sample        the share of every tensor's rows to read, 0.1 for example; σ then has an interval (llmfp.sample)
     client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
     device        what reduces the weights of files: cpu; cuda (all GPUs), cuda:N, mps; or auto, by rates measured here
-    device_memory_bytes   bound on memory of each device
+    device_memory_bytes   bound on memory of each device, beside a model that lies there
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
