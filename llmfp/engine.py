@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called about ten times a second with (bytes reduced, bytes in all)."""
 
+_LOOK_AHEAD_BYTES = 32 << 20
 _PROGRESS_SECONDS = 0.1
 
 
@@ -197,7 +198,7 @@ class _Scan:
             self._next += 1
             ahead = []
             self._ahead_bytes -= self.plan.steps[number].nbytes
-            while self._ahead < len(self.plan.steps) and self._ahead_bytes < self.reader.ahead_bytes:
+            while self._ahead < len(self.plan.steps) and self._ahead_bytes < _LOOK_AHEAD_BYTES:
                 ahead.append(self.plan.steps[self._ahead])
                 self._ahead_bytes += ahead[-1].nbytes
                 self._ahead += 1

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from llmfp.hub.client import Client
 
 READERS = ("auto", "mmap", "pread")
-AHEAD_BYTES = 32 << 20
 _SAMPLES = 64
 
 
@@ -43,8 +42,6 @@ class Reader(Protocol):
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
     max_threads: int | None
     """The most threads that may read; None for any number."""
-    ahead_bytes: int
-    """How far ahead of what is read steps are announced, by their bytes."""
     sums_room: SumsRoom | None
     """Memory of devices that sums may take; None where bytes are handed out in host memory."""
 

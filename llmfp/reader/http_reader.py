@@ -19,7 +19,6 @@ from llmfp.hub.client import Client
 from llmfp.hub.throttle import MOST_AT_ONCE
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
-from llmfp.reader import AHEAD_BYTES
 from llmfp.reader.fetches import FETCH_BYTES, Fetch, Want, fetches
 
 
@@ -44,7 +43,6 @@ class HttpReader:
     block_bytes = 256 << 10
     min_threads = 4
     max_threads: int | None = None
-    ahead_bytes = AHEAD_BYTES
     sums_room: SumsRoom | None = None
 
     def __init__(self, shards: Sequence[Shard], client: Client) -> None:

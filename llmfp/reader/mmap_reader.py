@@ -12,7 +12,7 @@ from llmfp.checkpoint import Shard
 from llmfp.device_sums import SumsRoom
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
-from llmfp.reader import AHEAD_BYTES, close_shards, open_shard
+from llmfp.reader import close_shards, open_shard
 
 
 class MmapReader:
@@ -28,7 +28,6 @@ class MmapReader:
     block_bytes = 1
     min_threads = 1
     max_threads: int | None = None
-    ahead_bytes = AHEAD_BYTES
     sums_room: SumsRoom | None = None
 
     @staticmethod

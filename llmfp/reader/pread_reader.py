@@ -11,7 +11,7 @@ from llmfp.checkpoint import Shard
 from llmfp.device_sums import SumsRoom
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
-from llmfp.reader import AHEAD_BYTES, close_shards, open_shard
+from llmfp.reader import close_shards, open_shard
 
 
 class PreadReader:
@@ -26,7 +26,6 @@ class PreadReader:
     block_bytes = 1
     min_threads = 4
     max_threads: int | None = None
-    ahead_bytes = AHEAD_BYTES
     sums_room: SumsRoom | None = None
 
     def __init__(self, shards: Sequence[Shard]) -> None:

@@ -162,7 +162,6 @@ class StagedReader:
         self.name = files.name
         self.step_bytes = slot_bytes
         self.extra_bytes = SLOTS * slot_bytes * len(links) // WORKERS + sums_room.kept_bytes
-        self.ahead_bytes = SLOTS * slot_bytes * len(links)  # so that every device has steps to come, not the next alone
         self.sums_room: SumsRoom | None = sums_room
         self._files = files
         self._device_of: Sequence[int] = ()
@@ -175,9 +174,14 @@ class StagedReader:
             raise
 
     def begin(self, plan: Plan) -> None:
-        """Deals the layers out: all of one layer go to one device, where its heads are multiplied."""
+        """Deals the layers out: all of one layer go to one device, where its heads are multiplied.
+
+        Every ring is told all of its steps now, in the plan's order: a step out of turn could take the slot that the
+        one waited for needs; and every device has something to copy while another's layer is under way."""
         self._files.begin(plan)
         self._device_of = [task.layer % len(self._rings) for task in plan.tasks]
+        for step in plan.steps:
+            self._ring(step).announce(step)
 
     def read(self, step: Step) -> tuple[Buffer | torch.Tensor, int]:
         if step.rows == 0:  # a whole small tensor, which the host decodes
@@ -186,7 +190,6 @@ class StagedReader:
 
     def ahead(self, step: Step) -> None:
         self._files.ahead(step)
-        self._ring(step).announce(step)
 
     def release(self, step: Step) -> None:
         if step.rows == 0:

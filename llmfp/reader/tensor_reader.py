@@ -29,7 +29,6 @@ class TensorReader:
     name = "live"
     block_bytes = 1
     min_threads = 1
-    ahead_bytes = 0
 
     def __init__(
         self, checkpoint: LiveCheckpoint, attention: AttentionMap, backend: Backend, sums_room: SumsRoom | None
