@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from llmfp.errors import BackendError
 from llmfp.marginals import Buffer, Chunk, Marginals, Moments
@@ -69,6 +69,20 @@ class Backend(Protocol):
         moments are those of `count` plain elements each; with w = weight (1 without) and q = mean^2 + m2 / count:
         ½·log(w²·q) plain, or, where a LayerNorm centres (cross given), ½·log(w²·q - 2·w·cross/count + centre_square).
         """
+
+
+@runtime_checkable
+class Deferring(Backend, Protocol):
+    """A back end whose statistics may stay on a device until they are wanted."""
+
+    def device_bytes(self, chunk: Chunk) -> tuple[int, int]:
+        """Device memory beside the chunk's own that its sums take, about: while they are computed; until fetched."""
+
+    def launch(self, chunks: Sequence[Chunk]) -> Any:
+        """Has chunks on one device reduced, without waiting for it; the result has a `device`, for `fetch`."""
+
+    def fetch(self, launched: Sequence[Any]) -> list[list[Marginals]]:
+        """What launches on one device came to, in one copy back."""
 
 
 def load(name: str) -> Backend:

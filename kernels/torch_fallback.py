@@ -101,7 +101,8 @@ def expanded(chunk: Chunk, device: str) -> torch.Tensor:
     for weight, across in ((chunk.col_weight, (1, -1)), (chunk.row_weight, (-1, 1))):
         if weight is not None:
             gain = torch.from_numpy(np.frombuffer(weight, np.float32).reshape(across).copy())
-            values = values * gain.to(values.device)
+            gain = gain.pin_memory() if values.is_cuda else gain  # a copy that nobody waits for
+            values = values * gain.to(values.device, non_blocking=True)
     single = values.to(torch.float32)
     return torch.where(single.isfinite(), single, torch.nan)
 

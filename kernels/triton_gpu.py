@@ -8,7 +8,11 @@ buffer on the way to the device; those whose data is a tensor there are reduced 
 `reduce`.
 
 Tiles sum in float32 around a shift; merging is float64. Where a row's or column's float32 sums could not give 1e-6
-(see merge_partials), its unit is reduced again in float64 by exact_tiles, which is also how F64 is reduced.
+(see merge_partials), its unit is reduced again in float64 by exact_tiles, which is also how F64 is reduced. That is
+decided on the device: exact_tiles is launched for all units and ends at once where a unit is not doubted. So `launch`
+waits for nothing, its input may be overwritten by whatever is put behind it on the stream, and `fetch` brings back what
+any number of launches came to, in one copy.
+
 Results do not depend on what else is in the launch and are bit-identical from run to run; they agree with
 kernels.reference within 1e-6, not to the bit.
 """
@@ -17,9 +21,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -75,6 +80,10 @@ class Scale:
         return self.address + 4 * top * self.cols, self.cols, reciprocal, before, self.col_block, self.first_col
 
 
+_INTERPRETER = threading.Lock()
+"""Triton's puts its functions in place of the language's while it runs: it is for one thread."""
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """A matrix in device memory, as Chunk describes one in host memory; weights are addresses of float32, or 0."""
@@ -113,18 +122,6 @@ class Matrix:
             row_weight=self.row_weight + 4 * start if self.row_weight else 0,
             scale=self.scale and replace(self.scale, first_row=self.scale.first_row + start),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Sums:
-    """What one matrix came to. rows [2 or 4, R], cols [2 or 4, U, C]: mean, M2, weighted mean, weighted M2."""
-
-    rows: Float64
-    cols: Float64
-    cross: Float64 | None
-    abs_max: Float64
-    nonfinite: Float64
-    doubted: NDArray[np.bool_]
 
 
 @cache
@@ -175,23 +172,28 @@ LAUNCH_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 class _Table:
-    """The host-built tables of one launch: units, tiles, merge jobs and blocks, and where each result will lie."""
+    """The host-built tables of one launch: units, tiles, merge jobs and blocks, and where each result will lie.
+
+    Owners are what is reduced again as a whole where any sum of it is doubted: units, or, merged, matrices.
+    """
 
     def __init__(self, matrices: Sequence[Matrix], block_cols: int, merged: bool) -> None:
         self.units: list[tuple[int, ...]] = []
         self.jobs: list[tuple[int, ...]] = []
-        self.job_units: list[tuple[int, int]] = []
+        self.unit_owners: list[int] = []
+        self.job_owners: list[int] = []
         self.tile_counts: list[int] = []
         self.strip_counts: list[int] = []
         self.plane = 0
+        self.merged = merged
         self.first_row: list[int] = []
         self.first_col: list[int] = []
         self.first_cross: list[int] = []
         self.first_unit: list[int] = []
         self.col_units: list[int] = []
-        rows_in_all = sum(m.rows for m in matrices)
-        row_out, col_out, cross_out, tile = 0, rows_in_all, 0, 0
-        for m in matrices:
+        self.rows = sum(m.rows for m in matrices)
+        row_out, col_out, cross_out, tile = 0, self.rows, 0, 0
+        for number, m in enumerate(matrices):
             strips = -(-m.cols // block_cols)
             counts = [min(m.unit_rows, m.rows - start) for start in range(0, m.rows, m.unit_rows)]
             parts = [-(-n // PART_ROWS) for n in counts]
@@ -206,8 +208,8 @@ class _Table:
             self.col_units.append(1 if merged else len(counts))
             column_job = (m.cols, parts[0], counts[0], PART_ROWS, tile, block_cols, 1, strips, int(m.row_weight != 0))
             if merged:
-                self._add_job((col_partial, col_out, m.cols, sum(parts), parts[0], counts[0], m.rows), column_job[3:])
-                self.job_units.append((first_unit, first_unit + len(counts)))
+                head = (col_partial, col_out, m.cols, sum(parts), parts[0], counts[0], m.rows)
+                self._add_job(head, column_job[3:], number)
                 col_out += m.cols
             for index, (n, part_count) in enumerate(zip(counts, parts, strict=True)):
                 start = index * m.unit_rows
@@ -219,14 +221,13 @@ class _Table:
                 self.units.append(plain + scale)
                 self.tile_counts.append(part_count * strips)
                 self.strip_counts.append(strips)
-                unit = len(self.units) - 1
+                owner = number if merged else len(self.units) - 1
+                self.unit_owners.append(owner)
                 row_job = (block_cols, tile, PART_ROWS, strips, 1, int(m.col_weight != 0))
-                self._add_job((row_partial, row_out, n, strips, strips, m.cols, m.cols), row_job)
-                self.job_units.append((unit, unit + 1))
+                self._add_job((row_partial, row_out, n, strips, strips, m.cols, m.cols), row_job, owner)
                 if not merged:
                     tail = (PART_ROWS, tile, *column_job[5:])
-                    self._add_job((col_partial, col_out, m.cols, part_count, part_count, n, n), tail)
-                    self.job_units.append((unit, unit + 1))
+                    self._add_job((col_partial, col_out, m.cols, part_count, part_count, n, n), tail, owner)
                     col_out += m.cols
                 row_partial += strips * n
                 col_partial += part_count * m.cols
@@ -238,8 +239,78 @@ class _Table:
         self.merged_plane = -(-col_out // 16) * 16
         self.cross_size = cross_out
 
-    def _add_job(self, head: tuple[int, ...], tail: tuple[int, ...]) -> None:
+    def _add_job(self, head: tuple[int, ...], tail: tuple[int, ...], owner: int) -> None:
         self.jobs.append(head + tail)
+        self.job_owners.append(owner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Matrices of one kind that were launched together.
+
+    members  their numbers in the launch
+    tables   of the float32 launch, but for F64, and of the float64 one
+    results  float64, flat, on the device: all that will come back (see `marginals`)
+    """
+
+    members: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    tables: tuple[_Table, ...]
+    results: torch.Tensor
+
+    def marginals(self, values: Float64) -> dict[int, Marginals]:
+        """By number, the contract's form of each matrix's sums. values: what `results` holds, on the host."""
+        table, (_, _, col_weight, row_weight, _) = self.tables[-1], self.matrices[0].kind
+        rows, plane = table.rows, table.merged_plane
+        sizes = [2 * plane, 2 * rows * col_weight, 2 * (plane - rows) * row_weight]
+        sizes += [2 * sum(each.tile_counts) for each in self.tables]
+        parts = iter(np.split(values, np.cumsum([*sizes, 1 + max(table.unit_owners)])))
+        sums = next(parts).reshape(2, plane)
+        weighted_rows, weighted_cols = next(parts).reshape(2, -1), next(parts).reshape(2, -1)
+        stats = [_by_unit(each, next(parts).reshape(-1, 2)) for each in self.tables]
+        exact = (next(parts) != 0)[table.unit_owners]
+        abs_max, nonfinite = (np.where(exact, each[-1], each[0]) for each in zip(*stats, strict=True))
+        cross = next(parts)
+        found = {}
+        for i, (number, m) in enumerate(zip(self.members, self.matrices, strict=True)):
+            counts = tuple(min(m.unit_rows, m.rows - start) for start in range(0, m.rows, m.unit_rows))
+            units = slice(table.first_unit[i], table.first_unit[i] + len(counts))
+            row = slice(table.first_row[i], table.first_row[i] + m.rows)
+            col = slice(table.first_col[i], table.first_col[i] + table.col_units[i] * m.cols)
+            beside = slice(col.start - rows, col.stop - rows)
+            crossed = None
+            if m.cross:
+                crossed = cross[table.first_cross[i] :][: len(counts) * m.cols].reshape(len(counts), m.cols)
+                crossed = crossed.sum(0, keepdims=True) if table.merged else crossed
+            found[number] = Marginals(
+                counts=(m.rows,) if table.merged else counts,
+                row=_moments(sums[:, row]),
+                col=_moments(sums[:, col]),
+                weighted_row=_moments(weighted_rows[:, row]) if col_weight else None,
+                weighted_col=_moments(weighted_cols[:, beside]) if row_weight else None,
+                cross=None if crossed is None else crossed.tobytes(),
+                abs_max=float(abs_max[units].max()),
+                nonfinite=int(nonfinite[units].sum()),
+            )
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """Chunks whose sums are, or will be, on their device."""
+
+    device: str
+    groups: tuple[_Group, ...]
+
+
+def _by_unit(table: _Table, stats: Float64) -> tuple[Float64, Float64]:
+    """Largest |x| and number of non-finite elements of every unit, from those of its tiles."""
+    first_tiles = np.cumsum([0, *table.tile_counts[:-1]])
+    return np.maximum.reduceat(stats[:, 0], first_tiles), np.add.reduceat(stats[:, 1], first_tiles)
+
+
+def _moments(planes: Float64) -> Moments:
+    return Moments(planes[0].tobytes(), planes[1].tobytes())
 
 
 def _pairs(counts: Sequence[int]) -> NDArray[np.int32]:
@@ -311,7 +382,11 @@ class TritonGpu(Reference):
         return self.marginals_many([chunk])[0]
 
     def marginals_many(self, chunks: Sequence[Chunk], merged: bool = False) -> list[Marginals]:
-        """Statistics of all chunks from one launch per kind of matrix, whatever their number.
+        """Statistics of all chunks from one launch per kind of matrix, whatever their number."""
+        return self.fetch([self.launch(chunks, merged)])[0]
+
+    def launch(self, chunks: Sequence[Chunk], merged: bool = False) -> Launched:
+        """Has all chunks reduced on their device, in one launch per kind of matrix, and waits for nothing.
 
         merged folds each chunk's columns on the device, so that [1, C] instead of [U, C] come back: at a GPU's
         bandwidth the unmerged columns (3 % of the bytes of bf16) would take longer than the reduction.
@@ -325,21 +400,44 @@ class TritonGpu(Reference):
         if device.partition(":")[0] != self.device.partition(":")[0]:  # weights that were offloaded to the host
             device = self.device
             here = {index: data.to(device) for index, data in here.items()}
-        buffer, matrices = self._upload(stored, here, device)
-        try:
-            return self.reduce(matrices, merged, device)
-        finally:
-            del buffer, here
+        # What is freed here goes to what is put on the stream later.
+        _keep, matrices = self._upload(stored, here, device)
+        return self._launch_all(matrices, merged, device)
+
+    def fetch(self, launched: Sequence[Launched]) -> list[list[Marginals]]:
+        """What launches on one device came to, in one copy, once they are done."""
+        import torch
+
+        groups = [group for each in launched for group in each.groups]
+        if not groups:
+            return [[] for _ in launched]
+        with _on(launched[0].device):
+            values = torch.cat([group.results for group in groups]).cpu().numpy()
+        stops = np.cumsum([len(group.results) for group in groups])
+        parts = iter(np.split(values, stops[:-1]))
+        found = [{n: m for group in each.groups for n, m in group.marginals(next(parts)).items()} for each in launched]
+        return [[each[number] for number in range(len(each))] for each in found]
+
+    def device_bytes(self, chunk: Chunk) -> tuple[int, int]:
+        """Device memory beside the chunk's own that its sums take, about: while they are computed; until fetched."""
+        planes, units = (4 if chunk.col_weight or chunk.row_weight else 2), -(-chunk.rows // chunk.unit_rows)
+        parts, values = units * -(-chunk.unit_rows // PART_ROWS), 2 * (chunk.rows + units * chunk.cols)
+        kept = values + 2 * chunk.rows * bool(chunk.col_weight) + 2 * units * chunk.cols * bool(chunk.row_weight)
+        kept += units * chunk.cols * chunk.cross
+        working = planes * values // 2
+        for words, block_cols in ((1, 512), (2, 256)):  # float32 and float64 (see kernel_options)
+            strips = -(-chunk.cols // block_cols)
+            working += planes * words * (strips * chunk.rows + parts * chunk.cols) // 2 + 8 * parts * strips
+            kept += 2 * parts * strips
+        return 8 * (working + kept), 8 * kept
 
     def _upload(
         self, chunks: Sequence[tuple[Chunk, Scales | None]], here: Mapping[int, torch.Tensor], device: str
-    ) -> tuple[torch.Tensor, list[Matrix]]:
-        """All chunks, scales and weights packed into one buffer on the device (rows tightly, tensors on 256 bytes).
+    ) -> tuple[list[torch.Tensor], list[Matrix]]:
+        """All chunks, scales and weights, packed tightly and sent to the device.
 
         here: by its number, the data of every chunk that is there already, of which only the rest is packed.
         """
-        import torch
-
         pieces: list[NDArray[np.uint8]] = []
         for index, (chunk, scales) in enumerate(chunks):
             if scales is None and chunk.dtype not in self.dtypes:
@@ -357,15 +455,10 @@ class TritonGpu(Reference):
             if scales is not None:
                 pieces.append(scales.table.reshape(-1).view(np.uint8))
             pieces += [np.frombuffer(w, np.uint8) for w in (chunk.col_weight, chunk.row_weight) if w is not None]
-        starts = np.cumsum([0] + [-(-piece.size // 256) * 256 for piece in pieces])
-        staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.startswith("cuda"))
-        host = staging.numpy()
-        for start, piece in zip(starts[:-1], pieces, strict=True):
-            host[start : start + piece.size].reshape(piece.shape)[...] = piece
-        buffer = staging.to(device)
+        sent = _send(pieces, device)
 
         # In the order in which they were packed: each chunk's elements, then its scales, then its weight.
-        addresses = iter(buffer.data_ptr() + int(start) for start in starts[:-1])
+        addresses = iter(each.data_ptr() for each in sent)
         matrices = []
         for index, (chunk, scales) in enumerate(chunks):
             address = here[index].data_ptr() + chunk.offset_bytes if index in here else next(addresses)
@@ -386,29 +479,22 @@ class TritonGpu(Reference):
                 scale=scale,
             )
             matrices.append(matrix)
-        return buffer, matrices
+        return sent, matrices
 
     def reduce(self, matrices: Sequence[Matrix], merged: bool = False, device: str | None = None) -> list[Marginals]:
         """Statistics of matrices in the memory of one device, this back end's own where none is named.
 
         Raises EncodingError for a dtype there is no kernel for."""
-        import torch
+        return self.fetch([self._launch_all(matrices, merged, device or self.device)])[0]
 
-        device = device or self.device
-        with torch.cuda.device(device) if device.startswith("cuda") else nullcontext():
-            return self._reduce(matrices, merged, device)
-
-    def _reduce(self, matrices: Sequence[Matrix], merged: bool, device: str) -> list[Marginals]:
-        results: dict[int, Marginals] = {}
+    def _launch_all(self, matrices: Sequence[Matrix], merged: bool, device: str) -> Launched:
         kinds: dict[tuple[str, bool, bool, bool, bool], list[int]] = {}
-        for index, m in enumerate(matrices):
-            self._check(m)
-            kinds.setdefault(m.kind, []).append(index)
-        for members in kinds.values():
-            group = [matrices[i] for i in members]
-            for index, m, sums in zip(members, group, self._certain(group, merged, device), strict=True):
-                results[index] = _marginals(m, sums)
-        return [results[i] for i in range(len(matrices))]
+        with _on(device):
+            for index, m in enumerate(matrices):
+                self._check(m)
+                kinds.setdefault(m.kind, []).append(index)
+            groups = [self._launch_group(of_kind, matrices, merged, device) for of_kind in kinds.values()]
+        return Launched(device, tuple(groups))
 
     def _check(self, m: Matrix) -> None:
         if m.dtype not in ITEMSIZES:
@@ -425,141 +511,128 @@ class TritonGpu(Reference):
 
         return self.interpreted or (torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 9))
 
-    def _certain(self, group: list[Matrix], merged: bool, device: str) -> list[_Sums]:
-        """Sums of matrices of one kind; the units that float32 cannot do to 1e-6 reduced again in float64."""
-        exact = group[0].dtype == "F64"
-        sums = self._sums(group, merged, exact, device)
-        if exact:
-            return sums
-        again: list[Matrix] = []
-        places: list[tuple[int, int]] = []
-        for index, (m, s) in enumerate(zip(group, sums, strict=True)):
-            if merged and s.doubted.any():
-                again.append(m)
-                places.append((index, -1))
-            else:
-                units = np.flatnonzero(s.doubted).tolist()
-                again += [m.unit(u) for u in units]
-                places += [(index, u) for u in units]
-        if not again:
-            return sums
-        for (index, unit), better in zip(places, self._sums(again, merged, True, device), strict=True):
-            if unit < 0:
-                sums[index] = better
-                continue
-            m, s = group[index], sums[index]
-            s.rows[:, unit * m.unit_rows : (unit + 1) * m.unit_rows] = better.rows
-            s.cols[:, unit] = better.cols[:, 0]
-            s.abs_max[unit], s.nonfinite[unit] = better.abs_max[0], better.nonfinite[0]
-            if s.cross is not None and better.cross is not None:
-                s.cross[unit] = better.cross[0]
-        return sums
-
-    def _sums(self, group: list[Matrix], merged: bool, exact: bool, device: str) -> list[_Sums]:
-        """One launch of each kernel over matrices of one kind, and what came of each matrix."""
+    def _launch_group(self, members: Sequence[int], matrices: Sequence[Matrix], merged: bool, device: str) -> _Group:
+        """Launches of matrices of one kind: in float32, but for F64, and in float64 where that will not do."""
         import torch
 
-        kernels = _kernels()
+        group = tuple(matrices[i] for i in members)
+        dtype, _, col_weight, row_weight, _ = kind = group[0].kind
+        stages = (True,) if dtype == "F64" else (False, True)
+        tables = [_Table(group, kernel_options(*kind, exact=exact)["block_cols"], merged) for exact in stages]
+        rows, owners = tables[0].rows, 1 + max(tables[0].unit_owners)
+        planes = 4 if col_weight or row_weight else 2
+        sums = torch.empty((planes, tables[0].merged_plane), dtype=torch.float64, device=device)
+        crossed = tables[0].cross_size if any(m.cross for m in group) else 0
+        cross = torch.empty(crossed, dtype=torch.float64, device=device)
+        stats = []
+        wanted = doubted = torch.ones(owners, dtype=torch.int32, device=device)
+        for exact, table in zip(stages, tables, strict=True):
+            wanted = doubted
+            tile_stats, doubted = self._launch_stage(group, table, exact, wanted, sums, cross)
+            stats.append(tile_stats[:, 1:3])
+        results = [sums[:2]]
+        results += [sums[2:, :rows]] if col_weight else [sums[2:, rows:]] if row_weight else []
+        results += [*stats, wanted, cross]
+        flat = torch.cat([each.reshape(-1).to(torch.float64) for each in results])
+        return _Group(tuple(members), group, tuple(tables), flat)
+
+    def _launch_stage(
+        self,
+        group: Sequence[Matrix],
+        table: _Table,
+        exact: bool,
+        wanted: torch.Tensor,
+        sums: torch.Tensor,
+        cross: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One launch of each kernel over the wanted owners. Fills sums and cross in; returns statistics of tiles, and
+        which owners are doubted (int32)."""
+        import torch
+
+        kernels, device = _kernels(), sums.device
         by_bits = group[0].dtype == "F8_E4M3" and not self.converts_e4m3
         options = kernel_options(*group[0].kind, exact=exact, by_bits=by_bits)
-        table = _Table(group, options["block_cols"], merged)
-        planes = 4 if group[0].col_weight or group[0].row_weight else 2
         tiles = _pairs(table.tile_counts)
         blocks = _pairs([-(-job[2] // MERGE_BLOCK) for job in table.jobs])
-
-        def on_device(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
+        strips = _pairs(table.strip_counts)
+        strips = strips[
+            np.repeat([m.cross for m in group], np.diff([*table.first_unit, len(table.units)]))[strips[:, 0]]
+        ]
+        of_units, of_jobs = np.array(table.unit_owners), np.array(table.job_owners)
+        owners = of_units[tiles[:, 0]], of_jobs[blocks[:, 0]], of_units[strips[:, 0]]
+        tables = np.array(table.units, np.int64), np.array(table.jobs, np.int64), tiles, blocks, strips
+        sent = _send([*tables, *owners], str(device))
+        units, jobs, tile_table, block_table, strip_table, *owner_tables = sent
+        wanted_tiles, wanted_blocks, wanted_strips = (wanted[each] for each in owner_tables)
 
         acc = torch.float64 if exact else torch.float32
-        units = on_device(np.array(table.units, np.int64))
-        partials = torch.empty(planes * table.plane, dtype=acc, device=device)
-        tile_stats = torch.empty((len(tiles), 4), dtype=acc, device=device)
-        merged_sums = torch.empty((planes, table.merged_plane), dtype=torch.float64, device=device)
-        doubts = torch.empty(len(blocks), dtype=torch.int32, device=device)
-        kernel = kernels.exact_tiles if exact else kernels.marginal_tiles
-        self._launch(kernel, len(tiles), units, on_device(tiles), partials, tile_stats, table.plane, **options)
+        partials = torch.empty(len(sums) * table.plane, dtype=acc, device=device)
+        tile_stats = torch.zeros((len(tiles), 4), dtype=acc, device=device)
+        doubts = torch.zeros(len(blocks), dtype=torch.int32, device=device)
+        arguments = units, tile_table, partials, tile_stats
+        if exact:
+            self._launch(kernels.exact_tiles, len(tiles), *arguments, wanted_tiles, table.plane, **options)
+        else:
+            self._launch(kernels.marginal_tiles, len(tiles), *arguments, table.plane, **options)
         self._launch(
             kernels.merge_partials,
             len(blocks),
-            on_device(np.array(table.jobs, np.int64)),
-            on_device(blocks),
+            jobs,
+            block_table,
             partials,
             tile_stats,
-            merged_sums,
+            sums,
             doubts,
+            wanted_blocks,
             table.plane,
             table.merged_plane,
             largest_finite=LARGEST_FINITE["F32" if group[0].scale else group[0].dtype],
             exact=exact,
             block_entries=MERGE_BLOCK,
         )
-        cross = None
-        if any(m.cross for m in group):
-            means = merged_sums[2 if group[0].col_weight else 0]
-            crosses = torch.empty(table.cross_size, dtype=torch.float64, device=device)
-            strips = _pairs(table.strip_counts)
-            wanted = np.repeat([m.cross for m in group], np.diff([*table.first_unit, len(table.units)]))
-            strips = np.ascontiguousarray(strips[wanted[strips[:, 0]]])
+        if len(strips):
+            means = sums[2 if group[0].col_weight else 0]
             names = ("element", "pointee", "block_rows", "block_cols", "lane_elements", "scaled")
             chosen = {name: options[name] for name in names}
-            self._launch(kernels.cross_products, len(strips), units, on_device(strips), means, crosses, **chosen)
-            cross = crosses.cpu().numpy()
-
-        values = merged_sums.cpu().numpy()
-        stats = tile_stats.cpu().numpy().astype(np.float64)
-        doubted = np.zeros(len(table.units), np.bool_)
-        for job in np.unique(blocks[doubts.cpu().numpy() != 0, 0]):
-            doubted[slice(*table.job_units[job])] = True
-        first_tiles = np.cumsum([0, *table.tile_counts[:-1]])
-        abs_max = np.maximum.reduceat(stats[:, 1], first_tiles)
-        nonfinite = np.add.reduceat(stats[:, 2], first_tiles)
-
-        sums = []
-        for i, m in enumerate(group):
-            unit_count = -(-m.rows // m.unit_rows)
-            here = slice(table.first_unit[i], table.first_unit[i] + unit_count)
-            col_stop = table.first_col[i] + table.col_units[i] * m.cols
-            crossed = None
-            if m.cross and cross is not None:
-                start = table.first_cross[i]
-                crossed = cross[start : start + unit_count * m.cols].reshape(unit_count, m.cols)
-                crossed = crossed.sum(0, keepdims=True) if merged else crossed
-            sums.append(
-                _Sums(
-                    rows=values[:, table.first_row[i] : table.first_row[i] + m.rows],
-                    cols=values[:, table.first_col[i] : col_stop].reshape(planes, -1, m.cols),
-                    cross=crossed,
-                    abs_max=abs_max[here],
-                    nonfinite=nonfinite[here],
-                    doubted=doubted[here],
-                )
-            )
-        return sums
+            crossing = units, strip_table, means, cross, wanted_strips
+            self._launch(kernels.cross_products, len(strips), *crossing, **chosen)
+        doubted = torch.zeros_like(wanted).scatter_reduce_(0, owner_tables[1], doubts, "amax")
+        return tile_stats, doubted
 
     def _launch(self, kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
         """One launch. NumPy, which computes for the interpreter, would warn where a GPU silently gives NaN."""
         if not self.interpreted:
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
             return
-        with np.errstate(all="ignore"), warnings.catch_warnings():
+        with _INTERPRETER, np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[(programs,)](*arguments, **constants, **LAUNCH_OPTIONS)
 
 
-def _marginals(m: Matrix, sums: _Sums) -> Marginals:
-    """The contract's form of one matrix's sums."""
-    starts = range(0, m.rows, m.unit_rows)
-    counts = tuple(min(m.unit_rows, m.rows - start) for start in starts)
-    return Marginals(
-        counts=counts if sums.cols.shape[1] == len(counts) else (m.rows,),
-        row=Moments(sums.rows[0].tobytes(), sums.rows[1].tobytes()),
-        col=Moments(sums.cols[0].tobytes(), sums.cols[1].tobytes()),
-        weighted_row=Moments(sums.rows[2].tobytes(), sums.rows[3].tobytes()) if m.col_weight else None,
-        weighted_col=Moments(sums.cols[2].tobytes(), sums.cols[3].tobytes()) if m.row_weight else None,
-        cross=None if sums.cross is None else sums.cross.tobytes(),
-        abs_max=float(sums.abs_max.max()),
-        nonfinite=int(sums.nonfinite.sum()),
-    )
+def _on(device: str) -> AbstractContextManager[object]:
+    """Where what follows is launched."""
+    import torch
+
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+
+
+def _send(arrays: Sequence[NDArray[Any]], device: str) -> list[torch.Tensor]:
+    """Arrays on the device, each on 256 bytes, in C order: packed together and copied at once, which nobody waits for.
+
+    Pinned memory that a copy is still reading is not handed out again by torch, though we let go of it.
+    """
+    import torch
+
+    starts = np.cumsum([0] + [-(-array.nbytes // 256) * 256 for array in arrays]).tolist()
+    staging = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    host = staging.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        host[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+    buffer = staging.to(device, non_blocking=True)
+    return [
+        buffer[start : start + array.nbytes].view(getattr(torch, array.dtype.name)).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
 
 
 BACKEND = TritonGpu()

@@ -308,6 +308,7 @@ def exact_tiles(
     tiles: tl.tensor,
     partials: tl.tensor,
     tile_stats: tl.tensor,
+    wanted: tl.tensor,
     plane: tl.tensor,
     element: tl.constexpr,
     pointee: tl.constexpr,
@@ -322,10 +323,13 @@ def exact_tiles(
     """Means and M2 along both axes of a tile in float64, centred before they are squared; for F64 and for doubts.
 
     Tables as in marginal_tiles; partials float64[2 or 4, plane]: mean, M2, weighted mean, weighted M2. Elements that
-    are not finite are counted and left out of the largest |x|. Traffic as there, arithmetic several times as much.
+    are not finite are counted and left out of the largest |x|. wanted: int32, one per program; 0 ends it at once.
+    Traffic as there, arithmetic several times as much.
     Source: two passes over the registers of a block; blocks of rows fold by Chan, Golub & LeVeque 1979. Checked
     against kernels.reference, rtol 1e-6 (1e-12 is usual).
     """
+    if tl.load(wanted + tl.program_id(0)) == 0:
+        return
     plane = plane.to(tl.int64)
     tile = tl.program_id(0).to(tl.int64)
     unit = units + tl.load(tiles + 2 * tile).to(tl.int64) * UNIT_FIELDS
@@ -474,6 +478,7 @@ def merge_partials(
     tile_stats: tl.tensor,
     merged: tl.tensor,
     doubts: tl.tensor,
+    wanted: tl.tensor,
     plane: tl.tensor,
     merged_plane: tl.tensor,
     largest_finite: tl.constexpr,
@@ -492,10 +497,13 @@ def merge_partials(
     merged  float64[2 or 4, merged_plane]: mean, M2, weighted mean, weighted M2; NaN where not finite
     doubts  int32[blocks]: 1 where the float32 sums of an entry cannot give 1e-6 (large shift left over, magnitudes
             near either end of float32, non-finite); the unit is then reduced again by exact_tiles
+    wanted  as in exact_tiles: sums of units that were not doubted stay what they are
     largest_finite the stored type's largest finite value
     exact   partials are those of exact_tiles: means and M2 already
     Traffic: reads each partial once. Checked against kernels.reference, rtol 1e-6.
     """
+    if tl.load(wanted + tl.program_id(0)) == 0:
+        return
     plane = plane.to(tl.int64)
     merged_plane = merged_plane.to(tl.int64)
     program = tl.program_id(0).to(tl.int64)
@@ -519,6 +527,7 @@ def cross_products(
     tiles: tl.tensor,
     row_means: tl.tensor,
     cross: tl.tensor,
+    wanted: tl.tensor,
     element: tl.constexpr,
     pointee: tl.constexpr,
     block_rows: tl.constexpr,
@@ -528,9 +537,11 @@ def cross_products(
 ) -> None:
     """cross_j = sum over the unit's rows i of m_i x_ij, in float64; m are the (weighted) row means just merged.
 
-    units, tiles as in marginal_tiles, a tile being a strip of block_cols columns of a whole unit. Traffic: reads each
-    stored byte a second time, from device memory. Checked against kernels.reference.
+    units, tiles as in marginal_tiles, a tile being a strip of block_cols columns of a whole unit; wanted as in
+    exact_tiles. Traffic: reads each stored byte a second time, from device memory. Checked against kernels.reference.
     """
+    if tl.load(wanted + tl.program_id(0)) == 0:
+        return
     tile = tl.program_id(0).to(tl.int64)
     unit = units + tl.load(tiles + 2 * tile).to(tl.int64) * UNIT_FIELDS
     strip = tl.load(tiles + 2 * tile + 1).to(tl.int64)

@@ -19,7 +19,7 @@ from llmfp.checkpoint.live import open_live
 from llmfp.errors import CheckpointError, LlmfpError
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.hub.source import looks_remote
-from llmfp.kernels import Backend, select
+from llmfp.kernels import Backend, Deferring, select
 from llmfp.kernels import on as backend_on
 from llmfp.plan import DEFAULT_DEVICE_MEMORY, DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
@@ -70,7 +70,7 @@ def scan(
     sample        the share of every tensor's rows to read, 0.1 for example; σ then has an interval (llmfp.sample)
     client        through which servers are asked (llmfp.hub.client.Client); one from the environment when None
     device        what reduces the weights of files: cpu; cuda (all GPUs), cuda:N, mps; or auto, by rates measured here
-    device_memory_bytes   bound on memory of each device
+    device_memory_bytes   bound on memory of each device, beside a model that lies there
     planned       called with the plan before the first weight is read
     progress      called about ten times a second with (bytes done, bytes in all)
 
@@ -79,7 +79,7 @@ def scan(
     start = time.perf_counter()
     planning: dict[str, Any] = {"threads": threads, "memory_bytes": memory_bytes, "deep": deep, "sample": sample}
     if not isinstance(source, str | os.PathLike):
-        return _scan_live(source, config, tower, backend, planning, planned, progress, start)
+        return _scan_live(source, config, tower, backend, device_memory_bytes, planning, planned, progress, start)
     path = Path(source)
     if fingerprints.is_fingerprint(path) and not looks_remote(source):
         return fingerprints.load(path)
@@ -119,30 +119,41 @@ def _scan_live(
     config: Mapping[str, Any] | None,
     tower: str | None,
     backend: str,
+    device_memory_bytes: int,
     planning: Mapping[str, Any],
     planned: Callable[[Plan], None] | None,
     progress: engine.Progress | None,
     start: float,
 ) -> Fingerprint:
+    """A scan of what is in memory; on a device, with smaller launches where its memory turns out not to do."""
     from llmfp import device as devices
     from llmfp.reader.tensor_reader import TensorReader, attention_tensors
 
-    checkpoint: Checkpoint
-    checkpoint = live = open_live(source, config)
-    attention = match(checkpoint, tower)
+    live = open_live(source, config)
+    attention = match(live, tower)
     places = sorted({str(tensor.device) for tensor in attention_tensors(live, attention)})
-    if elsewhere := [place for place in places if place != "cpu"]:
-        chosen, note = backend_on(elsewhere[0], backend)
-        checkpoint = replace(checkpoint, caveats=(note,) if note else ())
-    else:
-        chosen = select(backend)
-    opened = checkpoint, attention, chosen, TensorReader(live, attention, chosen)
-    try:
-        return _run(opened, planning, planned, progress, start, device=", ".join(places))
-    except RuntimeError as error:
-        if not elsewhere:
-            raise
-        raise devices.as_error(", ".join(elsewhere), error) from error
+    elsewhere, device = [place for place in places if place != "cpu"], ", ".join(places)
+    chosen, note = backend_on(elsewhere[0], backend) if elsewhere else (select(backend), "")
+    notes, size, room = [note] if note else [], device_memory_bytes, None
+    while True:
+        if isinstance(chosen, Deferring):
+            room = devices.resident_room(chosen, planning["memory_bytes"], size)
+        opened = (
+            replace(live, caveats=(*live.caveats, *notes)),
+            attention,
+            chosen,
+            TensorReader(live, attention, chosen, room),
+        )
+        try:
+            return _run(opened, planning, planned, progress, start, device=device)
+        except RuntimeError as error:
+            if room is None or not devices.is_out_of_memory(error) or size <= devices.LEAST_DEVICE_MEMORY:
+                if not elsewhere:
+                    raise
+                raise devices.as_error(", ".join(elsewhere), error) from error
+            size = max(devices.LEAST_DEVICE_MEMORY, size // 2)
+            smaller = f"{size >> 20} MiB for sums, not {device_memory_bytes >> 20}: device {device} ran out of memory"
+            notes = [*notes[: bool(note)], smaller]
 
 
 def _choose_device(source: str | os.PathLike[str], reading: Mapping[str, Any], planning: Any) -> tuple[str, str]:
@@ -173,10 +184,11 @@ def _scan_on(
     chosen, note = backend_on(names[0], reading["backend"])
     notes = [note] if note else []
     wanted = size = devices.slot_bytes(chosen, len(names), planning["memory_bytes"], device_memory_bytes)
+    room = devices.staged_room(chosen, planning["memory_bytes"], device_memory_bytes)
     while True:
         checkpoint, attention, _, files = _open(source, **{**reading, "backend": chosen})
         try:
-            reader = StagedReader(files, [devices.TorchLink(name) for name in names], size)
+            reader = StagedReader(files, [devices.TorchLink(name) for name in names], size, room)
             opened = replace(checkpoint, caveats=(*checkpoint.caveats, *notes)), attention, chosen, reader
             return _run(opened, planning, planned, progress, start, device=", ".join(names), why=why)
         except RuntimeError as error:
@@ -314,6 +326,7 @@ def _plan(
         deep=deep,
         sample=sample,
         block_bytes=reader.block_bytes,
+        on_device=reader.sums_room is not None,
     )
     if any(shard.remote is not None for shard in checkpoint.shards):
         from llmfp.reader.fetches import fetches

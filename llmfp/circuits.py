@@ -342,7 +342,7 @@ class LayerGrams:
                     keys = self._expand(beside, first, count) if beside else self._key_rows(at, row + first, count)
                     crossed = self._head_products(heads, self._by_head(keys, cross.keys))
                 if self._parts[rows].centred:
-                    sums = _by_head(self._sum_rows(values), rows)[:, :, 0]
+                    sums = self._by_head(self._sum_rows(values), rows)[:, :, 0]
                 mine.append((self._head_products(heads, heads), sums, crossed))
         with self._lock:
             for rows, mine in shares.items():
@@ -381,9 +381,8 @@ class LayerGrams:
         total: Float64 = values.sum(axis=0, dtype=np.float64, keepdims=True)
         return total
 
-    def _by_head(self, values: Float32, rows: HeadRows) -> Float32:
-        heads: Float32 = _by_head(values, rows)
-        return heads
+    def _by_head(self, values: NDArray[Any], rows: HeadRows) -> NDArray[Any]:
+        return _by_head(values, rows)
 
     def _head_products(self, x: Float32, y: Float32) -> Float32:
         return _head_products(x, y)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmfp.device_sums import SumsRoom
 from llmfp.errors import BackendError
 from llmfp.kernels import Backend
 
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from llmfp.plan import Plan
 
 RESERVE_BYTES = 160 << 20
-"""Of the device's budget, for what kernels need beside the ring: partial sums, slices widened to float64."""
+"""Of the device's budget, for what kernels need beside the ring: partial sums, sums that are not back yet."""
+LEAST_DEVICE_MEMORY = 32 << 20
+"""What a scan of a model on a device may be brought down to, where memory is short there."""
+LEAST_ROOM = 1 << 20
 LARGEST_SLOT, SMALLEST_SLOT = 64 << 20, 1 << 20
 START_SECONDS = 3.0
 """What importing torch and waking a card cost, about; a CPU that is done by then has won."""
@@ -62,7 +67,9 @@ class TorchLink:
     def room(self, nbytes: int) -> torch.Tensor:
         import torch
 
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        # On the stream of the copies: memory that was freed on another may still be in use there when a copy begins.
+        with self._cuda.stream(self._stream) if self._cuda else nullcontext():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy(self, host: torch.Tensor, room: torch.Tensor, after: Any) -> Any:
         if self._cuda is None:
@@ -114,6 +121,17 @@ def slot_bytes(backend: Backend, links: int, memory_bytes: int, device_bytes: in
     host = (memory_bytes - backend.library_bytes) // (2 * SLOTS * links)
     on_device = (device_bytes - RESERVE_BYTES) // SLOTS
     return max(SMALLEST_SLOT, min(LARGEST_SLOT, host, on_device) >> 20 << 20)
+
+
+def staged_room(backend: Backend, memory_bytes: int, device_bytes: int) -> SumsRoom:
+    """Of sums beside a ring: a sixteenth of what the host's budget leaves, and of the device's at most."""
+    return SumsRoom(max(LEAST_ROOM, min(memory_bytes - backend.library_bytes, device_bytes) // 16))
+
+
+def resident_room(backend: Backend, memory_bytes: int, device_bytes: int) -> SumsRoom:
+    """Of sums beside a model that is on the device: an eighth likewise, and half of the device's for a launch."""
+    kept = max(LEAST_ROOM, min(memory_bytes - backend.library_bytes, device_bytes) // 8)
+    return SumsRoom(kept, max(LEAST_ROOM, device_bytes // 2))
 
 
 def choose(plan: Plan) -> Choice:
@@ -190,6 +208,7 @@ def _first_line(error: BaseException) -> str:
 
 
 __all__ = [
+    "LEAST_DEVICE_MEMORY",
     "SMALLEST_SLOT",
     "Choice",
     "TorchLink",
@@ -197,5 +216,7 @@ __all__ = [
     "choose",
     "is_out_of_memory",
     "named",
+    "resident_room",
     "slot_bytes",
+    "staged_room",
 ]

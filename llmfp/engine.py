@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 from llmfp import column_runs
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
+from llmfp.device_sums import DeviceSums, Kept
 from llmfp.encoding import decode_gain
 from llmfp.errors import CheckpointError
-from llmfp.kernels import Backend
+from llmfp.kernels import Backend, Deferring, select
 from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
@@ -126,11 +127,15 @@ class _Scan:
         self.error: BaseException | None = None
         self.bytes_done = 0
         self._next = 0
-        self._workers_left = plan.threads
+        self._workers_taking = self._workers_left = plan.threads
         self._ahead = 0
         self._ahead_bytes = 0
         steps = Counter((step.task, step.second) for step in plan.steps)
         self._passes = {key: _Pass(backend, count) for key, count in steps.items()}
+        room = reader.sums_room
+        self._sums = DeviceSums(backend, room) if room is not None and isinstance(backend, Deferring) else None
+        self._host = backend if self._sums is None else select()  # small vectors are there, and nobody waits for them
+        self._before_second = Counter(s.task for s in plan.steps if plan.tasks[s.task].second_read and not s.second)
         self._order = self._positions(plan.steps)
         self._steps_of = Counter(step.task for step in plan.steps if not step.second)
         self._gains: dict[NormGain, Buffer | None] = {}
@@ -164,6 +169,11 @@ class _Scan:
         try:
             while (number := self._take()) is not None:
                 self._do(number)
+            with self.lock:
+                self._workers_taking -= 1
+                last = self._workers_taking == 0
+            if last and not self.stop:  # a worker, since the caller's thread may be on a stream of its own
+                self.bring_back()
         except BaseException as error:  # handed to the calling thread, whatever it is
             with self.lock:
                 self.error = self.error or error
@@ -229,21 +239,55 @@ class _Scan:
         try:
             data, position = self.reader.read(step)
             chunks = [self._chunk(task, p, step, data, position, first, decoder) for p in task.projections]
-            parts = [column_runs.marginals(self.backend, chunk) for chunk in chunks]
+            parts: list[Marginals] = []
+            full: list[Kept] = []
+            # Parts that are pooled are wanted at once.
+            at_once = self._sums is None or any(chunk.col_runs > 1 for chunk in chunks)
+            if self._sums is None or at_once:
+                parts = [column_runs.marginals(self.backend, chunk) for chunk in chunks]
+            else:
+                full = self._sums.add(number, chunks)
+            done: LayerGrams | None = None
             if (task.tower, task.layer) in self.plan.circuits and not step.second:
-                self._multiply(number, chunks, position + step.nbytes)
+                done = self._multiply(number, chunks, position + step.nbytes)
             del data, chunks
             self.reader.release(step)
         except OSError as error:
             raise self._unreadable(task.tensor, error) from None
-        this = self._passes[step.task, step.second]
+        if done is not None:
+            self._close_circuits((task.tower, task.layer), done)
+        with self.lock:
+            self.bytes_done += step.nbytes
+            self._before_second[step.task] -= 1
+            wanted = self._before_second[step.task] == 0
+        if at_once:
+            self._merge(number, parts)
+            return
+        self._bring_back(full)
+        if wanted:  # a second read needs the column means
+            self.bring_back()
+
+    def bring_back(self) -> None:
+        """Merges all that is still on a device."""
+        if self._sums is not None:
+            for lot in self._sums.rest():
+                self._bring_back(lot)
+
+    def _bring_back(self, lot: Sequence[Kept]) -> None:
+        if self._sums is not None and lot:
+            for number, parts in self._sums.fetch(lot):
+                self._merge(number, parts)
+
+    def _merge(self, number: int, parts: list[Marginals]) -> None:
+        """Hands a step's statistics to its pass, and finishes the task with the last of them."""
+        step = self.plan.steps[number]
+        task = self.plan.tasks[step.task]
+        first, this = self._passes[step.task, False], self._passes[step.task, step.second]
         if this.add(self._order[number], parts) and (step.second or not task.second_read):
             self._finish(step.task, first.merged, this.merged if step.second else None)
             first.forget()
             this.forget()
             self._forget_decoder(task.tensor)
-        with self.lock:
-            self.bytes_done += step.nbytes
 
     def _chunk(
         self,
@@ -300,8 +344,10 @@ class _Scan:
         row = step.group * task.rows + step.row
         return None, memoryview(gain).cast("B")[4 * row : 4 * (row + step.rows)]
 
-    def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> None:
-        """Hands a step's rows to the Gram matrices of its layer; `stop`: where they end in their buffer."""
+    def _multiply(self, number: int, chunks: Sequence[Chunk], stop: int) -> LayerGrams | None:
+        """Hands a step's rows to the Gram matrices of its layer; returns these when they are complete.
+
+        stop: where the rows end in their buffer."""
         step = self.plan.steps[number]
         task = self.plan.tasks[step.task]
         key = task.tower, task.layer
@@ -316,10 +362,9 @@ class _Scan:
         if grams.heads.asks(by_role):
             self._keys_are_here[key].wait()
             if self.stop:
-                return
-        for role in by_role:
-            if grams.add(role, row, self._order[number], by_role):
-                self._close_circuits(key, grams)
+                return None
+        complete = [grams.add(role, row, self._order[number], by_role) for role in by_role]
+        return grams if any(complete) else None
 
     def _layer_grams(self, key: tuple[str, int]) -> LayerGrams:
         from llmfp.circuits import layer_grams
@@ -403,7 +448,8 @@ class _Scan:
             self._gains[gain] = None if values is None else memoryview(values).cast("B")
 
     def _measure(self, spec: TensorSpec, stored: bytes) -> dict[tuple[str, int, str], Statistics]:
-        """σ and mean of each vector in a small tensor, by the kernel that reduces the weights."""
+        """σ and mean of each vector in a small tensor, by the kernel that reduces the weights, or, where these are on a
+        device, on the host."""
         measured = {}
         for tower, vector in self._vectors[spec]:
             view = vector.view
@@ -416,8 +462,8 @@ class _Scan:
                 row_stride_bytes=view.row_stride * spec.itemsize,
                 unit_rows=unit_rows(view.row_stride),
             )
-            marginals = self.backend.merge([self.backend.marginals(chunk)])
-            total, count = self.backend.pool(marginals.row, view.cols, view.rows), view.rows * view.cols
+            marginals = self._host.merge([self._host.marginals(chunk)])
+            total, count = self._host.pool(marginals.row, view.cols, view.rows), view.rows * view.cols
             measured[tower, vector.layer, vector.role] = Statistics(
                 count=count,
                 mean=_doubles(total.mean)[0] + vector.offset,

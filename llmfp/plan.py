@@ -245,12 +245,14 @@ def make_plan(
     deep: bool = False,
     sample: float | None = None,
     block_bytes: int = 1,
+    on_device: bool = False,
 ) -> Plan:
     """The plan of a scan, with reads of about `step_bytes`, on as many threads as cores (`min_threads` at least).
 
     extra_bytes: what a read may cost in resident memory beyond its own bytes.
     deep: also look at the circuits of heads, wherever heads can be told apart.
     sample: the share of every tensor's rows to read, in blocks of at least block_bytes; all of them when None.
+    on_device: the bytes are reduced on a device, whose memory is not this budget's.
     Raises EncodingError for a dtype the back end lacks, PlanError when the budget is too small."""
     circuits = {(t.name, heads.layer): heads for t in attention.towers for heads in layer_heads(t)} if deep else {}
     tasks = _tasks(attention, circuits)
@@ -265,7 +267,8 @@ def make_plan(
             )
     wanted = threads or min(max(_available_cores(), min_threads), MAX_THREADS)
     fixed = FIXED_BYTES + backend.library_bytes + _kept_bytes(tasks, circuits)
-    costs = [_unit_cost(task, backend, circuits.get((task.tower, task.layer))) for task in tasks]
+    scratch = 0 if on_device else backend.scratch_per_element
+    costs = [_unit_cost(task, backend, scratch, circuits.get((task.tower, task.layer))) for task in tasks]
     largest = max(range(len(tasks)), key=lambda i: costs[i])
     extra_bytes += BLAS_BYTES if circuits else 0
     threads = max(1, min(wanted, (memory_bytes - fixed) // (costs[largest] + extra_bytes)))
@@ -434,13 +437,13 @@ def _unit_bytes(task: Task) -> int:
     return rows * task.row_stride * task.tensor.itemsize
 
 
-def _unit_cost(task: Task, backend: Backend, heads: LayerHeads | None) -> int:
+def _unit_cost(task: Task, backend: Backend, scratch: int, heads: LayerHeads | None) -> int:
     """Memory one unit takes while it is worked on: its bytes, the kernel's scratch, its partial results twice, and what
-    multiplying its heads takes."""
+    multiplying its heads takes. scratch: the kernel's, per element."""
     rows = min(task.unit_rows, task.rows)
     results = sum(32 * rows * p.view.col_runs + 40 * p.view.all_cols for p in task.projections)
     decoded = task.tensor.encoding is not None or task.tensor.lora is not None
-    scratch = backend.scratch_per_element + (backend.scratch_per_code if decoded else 0)
+    scratch += backend.scratch_per_code if decoded else 0
     multiplied = 0 if heads is None else sum(_multiplied(p, rows, heads) for p in task.projections)
     return _unit_bytes(task) + rows * task.row_stride * scratch + 2 * results + multiplied
 

@@ -219,8 +219,9 @@ def test_the_gpu_script_runs_dry() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "bench.gpu", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr
-    for kind in ("BF16", "F8_E4M3", "F8_E4M3, 128×128 scales"):
-        assert f"| {kind} torch_fallback, end to end |" in done.stdout
+    rows = [f"{kind} torch_fallback, end to end" for kind in ("BF16", "F8_E4M3", "F8_E4M3, 128×128 scales")]
+    for row in (*rows, "BF16 model: 4 matrices, torch_fallback", "BF16 streamed"):
+        assert f"| {row} |" in done.stdout
 
 
 def test_records_are_plain(found: list[Record]) -> None:

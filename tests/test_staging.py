@@ -6,6 +6,7 @@ whose copies happen only when the test says so.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import llmfp
 from llmfp import api, device, engine
 from llmfp.architecture import match
 from llmfp.checkpoint import open_checkpoint
+from llmfp.device_sums import SumsRoom
 from llmfp.errors import BackendError, CheckpointError, LlmfpError
 from llmfp.kernels import on, triton_gpu
 from llmfp.plan import Step, make_plan
@@ -189,7 +191,7 @@ def test_a_scan_through_the_ring_is_the_scan_without_it(layout: str, links: int,
     attention = match(checkpoint)
     backend, _ = on("cpu")
     devices = [FakeLink(str(n)) for n in range(links)]
-    reader = StagedReader(PreadReader(checkpoint.shards), devices, 1 << 12)
+    reader = StagedReader(PreadReader(checkpoint.shards), devices, 1 << 12, SumsRoom(1 << 20))
     plan = make_plan(checkpoint, attention, backend, threads=2, step_bytes=1 << 10, deep=True)
     try:
         result = engine.run(plan, backend, reader)
@@ -198,6 +200,32 @@ def test_a_scan_through_the_ring_is_the_scan_without_it(layout: str, links: int,
     assert result.digest == direct.digest
     assert all(len(each.copies) > 0 for each in devices)
     assert sum(len(each.copies) for each in devices) == len(plan.steps)
+
+
+def test_layers_are_on_their_way_to_several_devices_at_once(tmp_path: Path) -> None:
+    """No copy to the first device ends before one to each of the others has begun."""
+    begun = [threading.Event() for _ in range(3)]
+
+    class Waiting(FakeLink):
+        def copy(self, host: Any, room: Any, after: Any) -> Any:
+            begun[int(self.name)].set()
+            if self.name == "0":
+                assert all(event.wait(WAIT) for event in begun), "the others have nothing to do"
+            return super().copy(host, room, after)
+
+    path = build("llama", layers=6).write(tmp_path / "llama")
+    checkpoint = open_checkpoint(path)
+    backend, _ = on("cpu")
+    devices = [Waiting(str(n)) for n in range(3)]
+    reader = StagedReader(PreadReader(checkpoint.shards), devices, 1 << 12, SumsRoom(1 << 20))
+    plan = make_plan(checkpoint, match(checkpoint), backend, threads=2, step_bytes=1 << 12)
+    try:
+        result = engine.run(plan, backend, reader)
+    finally:
+        reader.close()
+    assert result.digest == llmfp.scan(path, backend="torch_fallback").digest
+    layers = Counter(plan.tasks[step.task].layer % 3 for step in plan.steps)
+    assert [len(each.copies) for each in devices] == [layers[n] for n in range(3)]
 
 
 @pytest.fixture

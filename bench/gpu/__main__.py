@@ -5,8 +5,10 @@
 
 Times are medians of the device's own events over input sets that together exceed its second-level cache several times
 and take turns, so that none finds itself there. Every variant's σ is checked against float64 first; a wrong one ends
-the run. Ceilings, measured in the same run: a copy within the device (read and write), and torch.sum of int32 (read).
-Peers give one σ per tensor, or less; the kernel gives mean and M2 of every row and column.
+the run. Ceilings, measured in the same run: a copy within the device (read and write), torch.sum of int32 (read), and a
+copy from pinned memory. Peers give one σ per tensor, or less; the kernel gives mean and M2 of every row and column.
+"model" is many matrices in one launch, as of a model that lies on the device; "streamed" comes through a staging ring.
+That launches wait for nothing is checked first: torch raises an error where one would.
 """
 
 from __future__ import annotations
@@ -25,11 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmfp.device import TorchLink
 from llmfp.hardware import machine, samples
 from llmfp.kernels import load, on
 from llmfp.kernels.reference import decode
 from llmfp.kernels.triton_gpu import Matrix, Scale, TritonGpu
 from llmfp.marginals import Chunk, Coding, unit_rows
+from llmfp.plan import Step
+from llmfp.reader.staging import StagingRing
 
 RESULTS = Path(__file__).parents[1] / "results"
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -66,6 +71,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {note}", file=sys.stderr)
         return 2
     largest = check(backend)
+    if not dry:
+        check_launches(backend, setting.device)
     kinds = f"{len(DTYPES)} dtypes, and of {len(SCALED)} with scales"
     print(f"right: {len(SHAPES)} shapes of {kinds}, largest error of a σ {largest:.1e}\n")
     rows = [*ceilings(setting)]
@@ -74,6 +81,7 @@ def main(arguments: list[str]) -> int:
         rows += kernels(setting, backend, dtype)
     for dtype in SCALED:
         rows += kernels(setting, backend, dtype, scaled=True)
+    rows += [model(setting, backend), *streamed(setting, backend)]
     for row in rows:
         row["of_read"] = row["gbps"] / read
     print(table(rows))
@@ -98,6 +106,20 @@ def check(backend: Any) -> float:
                 assert error <= 1e-6, (dtype, rows, cols, name, error)
                 largest = max(largest, error)
     return largest
+
+
+def check_launches(backend: Any, device: str) -> None:
+    """Launches under torch's watch, which raises RuntimeError where the host would wait for the device."""
+    rows, weight = 1024, np.ones(samples.COLS, np.float32).data.cast("B")
+    data = torch.zeros(rows * samples.COLS * 2, dtype=torch.uint8, device=device)
+    chunk = replace(chunk_of("BF16", data, len(data)), col_weight=weight, cross=True)
+    backend.marginals_many([chunk])  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        launched = [backend.launch([chunk]) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    backend.fetch(launched)
 
 
 def ceilings(setting: Setting) -> list[dict[str, Any]]:
@@ -178,6 +200,60 @@ def kernels(setting: Setting, backend: Any, dtype: str, scaled: bool = False) ->
         kind = f"{dtype}, {BLOCK}×{BLOCK} scales" if scaled else dtype
         rows.append(row(setting, f"{kind} {name}", setting.set_bytes, work))
     return rows
+
+
+def model(setting: Setting, backend: Any) -> dict[str, Any]:
+    """A set's bytes as matrices of 16 MiB, launched together and brought back at once."""
+    nbytes = min(16 << 20, setting.set_bytes // 4)
+    sets = [torch.zeros(setting.set_bytes, dtype=torch.uint8, device=setting.device) for _ in range(SETS)]
+    block = torch.from_numpy(samples.block("BF16")[: nbytes // 2].view(np.uint8)).to(setting.device)
+    for each in sets:
+        each.view(-1, len(block))[:] = block
+    chunks = [[chunk_of("BF16", matrix, nbytes) for matrix in each.split(nbytes)] for each in sets]
+
+    def reduced(i: int) -> list[Any]:
+        if isinstance(backend, TritonGpu):
+            return backend.marginals_many(chunks[i])
+        return [backend.marginals(chunk) for chunk in chunks[i]]
+
+    assert len({marginals.row.m2 for marginals in reduced(0)}) == 1
+    return row(setting, f"BF16 model: {len(chunks[0])} matrices, {backend.name}", setting.set_bytes, reduced)
+
+
+def streamed(setting: Setting, backend: Any) -> list[dict[str, Any]]:
+    """A set's bytes from host memory through a staging ring; and bare copies of as many from pinned memory."""
+    nbytes = min(32 << 20, setting.set_bytes // 4)
+    link = TorchLink(setting.device)
+    block = samples.block("BF16")[: nbytes // 2].view(np.uint8).data
+    steps = [Step(0, 0, n, 1, 0, 0, len(block), False) for n in range(setting.set_bytes // len(block))]
+
+    def fill(_: Step, view: memoryview) -> None:
+        view[:] = block
+
+    def through(_: int) -> list[Any]:
+        ring, launched, found = StagingRing(fill, link, len(block)), [], []
+        try:
+            for step in steps:
+                ring.announce(step)
+            for step in steps:
+                chunk = chunk_of("BF16", ring.take(step), len(block))
+                if isinstance(backend, TritonGpu):
+                    launched.append(backend.launch([chunk]))
+                else:
+                    found.append(backend.marginals(chunk))
+                ring.give(step)
+            return [each[0] for each in backend.fetch(launched)] if launched else found
+        finally:
+            ring.close()
+
+    host, room = link.host(len(block)), link.room(len(block))
+
+    def copied(_: int) -> None:
+        link.settle([link.copy(host, room, None) for _ in steps][-1])
+
+    assert len({marginals.row.m2 for marginals in through(0)}) == 1
+    total = len(steps) * len(block)
+    return [row(setting, "copy: from pinned memory", total, copied), row(setting, "BF16 streamed", total, through)]
 
 
 def chunk_of(dtype: str, data: Any, nbytes: int) -> Chunk:

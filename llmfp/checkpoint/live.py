@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from llmfp.checkpoint.live_adapter import Adapters, Factors, adapters_of, with_factors
 from llmfp.checkpoint.specs import Checkpoint, Shard, TensorSpec
 from llmfp.errors import CheckpointError
 
@@ -30,7 +31,7 @@ DTYPES = {
 
 _WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod")
 """Components that activation checkpointing and torch.compile put into names."""
-_MERGE = "merge it (model.merge_and_unload()), or save it and scan the adapter's directory with its base"
+_MERGE = "give the model itself, not its state dict, or save it and scan the adapter's directory with its base"
 
 
 class Place(NamedTuple):
@@ -67,9 +68,10 @@ def open_live(
     config  what config.json would say; a model's own when None
 
     Raises CheckpointError for a mapping without tensors, and for a model wrapped by the first FSDP, whose parameters
-    are flat pieces of several.
+    are flat pieces of several; and for what PEFT adapts otherwise than by plain LoRA.
     """
     name = type(source).__name__ if not isinstance(source, Mapping) else "state dict"
+    adapters = Adapters({}, {})
     if isinstance(source, Mapping):
         tensors: Mapping[str, Any] = source
     elif not hasattr(source, "state_dict"):
@@ -83,6 +85,7 @@ def open_live(
                 hint="scan inside FullyShardedDataParallel.summon_full_params(model), shard with fully_shard, or give "
                 "a full state dict",
             )
+        adapters = adapters_of(source)
         tensors = source.state_dict()
         own = _config(source)
         config = own if config is None else config
@@ -93,7 +96,10 @@ def open_live(
     for key, tensor in tensors.items():
         if not (hasattr(tensor, "dtype") and hasattr(tensor, "element_size")):
             continue  # what get_extra_state() returns, or an optimizer's numbers
-        plain = _unwrapped(str(key))
+        plain = adapters.plain(str(key)) if adapters.names else str(key)
+        if plain is None:
+            continue
+        plain = _unwrapped(plain)
         dtype = str(tensor.dtype).removeprefix("torch.")
         nbytes = tensor.numel() * tensor.element_size()
         place = places.setdefault(_identity(plain, tensor), Place(end, plain, tensor))
@@ -102,15 +108,19 @@ def open_live(
         specs[plain] = TensorSpec(plain, DTYPES.get(dtype, dtype), tuple(tensor.shape), 0, place.offset_bytes, nbytes)
     if not specs:
         raise CheckpointError(f"{name}: holds no tensor", hint="give a torch.nn.Module, or tensors by their names")
-    if adapter := next((key for key in specs if ".lora_A." in key), None):
-        raise CheckpointError(f"{name}: tensor {adapter!r} belongs to a LoRA adapter in a live model", hint=_MERGE)
+    adapter = next((key for key in specs if ".lora_A." in key), None)
+    if adapter is not None and not adapters.names:
+        raise CheckpointError(f"{name}: tensor {adapter!r} belongs to a LoRA adapter", hint=_MERGE)
+    factors = {
+        _unwrapped(key): Factors(_unwrapped(a), _unwrapped(b), scale) for key, (a, b, scale) in adapters.factors.items()
+    }
     return LiveCheckpoint(
         path=Path(name),
         shards=(Shard(Path(name), end, 0, (0, 0, 0), None),),
-        tensors=specs,
+        tensors=with_factors(specs, factors),
         config=dict(config or {}),
         revision=revision if not isinstance(source, Mapping) and isinstance(revision, str) else None,
-        caveats=(),
+        caveats=(f"the model merged of a base and an adapter: {len(factors)} tensors adapted",) if factors else (),
         places=tuple(places.values()),
     )
 

@@ -21,6 +21,7 @@ from llmfp.plan import Plan, Step
 if TYPE_CHECKING:
     import torch
 
+    from llmfp.device_sums import SumsRoom
     from llmfp.hub.client import Client
 
 READERS = ("auto", "mmap", "pread")
@@ -41,6 +42,8 @@ class Reader(Protocol):
     """Threads worth having even where there are fewer cores, to keep requests in flight."""
     max_threads: int | None
     """The most threads that may read; None for any number."""
+    sums_room: SumsRoom | None
+    """Memory of devices that sums may take; None where bytes are handed out in host memory."""
 
     def begin(self, plan: Plan) -> None:
         """Says what will be read, before anything is."""

@@ -13,6 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
+from llmfp.device_sums import SumsRoom
 from llmfp.errors import CheckpointError
 from llmfp.hub.client import Client
 from llmfp.hub.throttle import MOST_AT_ONCE
@@ -42,6 +43,7 @@ class HttpReader:
     block_bytes = 256 << 10
     min_threads = 4
     max_threads: int | None = None
+    sums_room: SumsRoom | None = None
 
     def __init__(self, shards: Sequence[Shard], client: Client) -> None:
         self._files = [shard.remote for shard in shards]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
+from llmfp.device_sums import SumsRoom
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
@@ -27,6 +28,7 @@ class MmapReader:
     block_bytes = 1
     min_threads = 1
     max_threads: int | None = None
+    sums_room: SumsRoom | None = None
 
     @staticmethod
     def why_unavailable() -> str | None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from llmfp.checkpoint import Shard
+from llmfp.device_sums import SumsRoom
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 from llmfp.reader import close_shards, open_shard
@@ -25,6 +26,7 @@ class PreadReader:
     block_bytes = 1
     min_threads = 4
     max_threads: int | None = None
+    sums_room: SumsRoom | None = None
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards

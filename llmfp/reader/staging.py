@@ -3,8 +3,9 @@
 Producers take announced steps in order. Each waits for a free slot (that is the back-pressure: a device that is slow
 stops the reading), fills the slot's host buffer, pinned where that is possible, starts the copy to its room on the
 device, and goes on to the next. A worker that takes a step waits until its copy was started, lets the device wait for
-the copy itself, and gives the slot back when it has its sums. Memory is `slots` buffers on either side, whatever the
-size of the checkpoint. A step that fails, or a ring that is closed, wakes everybody who waits.
+the copy itself, and gives the slot back when the kernels that read it are launched: the next copy into it waits, on the
+device, for the mark behind them, and no thread does. Memory is `slots` buffers on either side, whatever the size of the
+checkpoint. A step that fails, or a ring that is closed, wakes everybody who waits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llmfp.device_sums import SumsRoom
 from llmfp.marginals import Buffer
 from llmfp.plan import Plan, Step
 from llmfp.reader import Reader
@@ -100,7 +102,7 @@ class StagingRing:
         return slot.room[: step.nbytes]
 
     def give(self, step: Step) -> None:
-        """Gives the slot back: what was computed from it is done, or marked."""
+        """Gives the slot back: the next copy into it waits for what was launched before this."""
         used = self._link.mark()
         with self._changed:
             slot = self._staged.pop(step)
@@ -128,6 +130,7 @@ class StagingRing:
                 step, slot = taken
                 self._link.settle(slot.copied)
                 if len(slot.host) < step.nbytes:  # a unit of reduction is larger than a slot
+                    self._link.settle(slot.used)
                     slot.host, slot.room = self._link.host(step.nbytes), self._link.room(step.nbytes)
                 self._fill(step, slot.host.numpy().data[: step.nbytes])
                 slot.copied = self._link.copy(slot.host[: step.nbytes], slot.room[: step.nbytes], slot.used)
@@ -155,10 +158,11 @@ class StagedReader:
     min_threads = 1
     max_threads: int | None = WORKERS
 
-    def __init__(self, files: Reader, links: Sequence[Link], slot_bytes: int) -> None:
+    def __init__(self, files: Reader, links: Sequence[Link], slot_bytes: int, sums_room: SumsRoom) -> None:
         self.name = files.name
         self.step_bytes = slot_bytes
-        self.extra_bytes = SLOTS * slot_bytes * len(links) // WORKERS
+        self.extra_bytes = SLOTS * slot_bytes * len(links) // WORKERS + sums_room.kept_bytes
+        self.sums_room: SumsRoom | None = sums_room
         self._files = files
         self._device_of: Sequence[int] = ()
         self._rings: list[StagingRing] = []
@@ -170,9 +174,14 @@ class StagedReader:
             raise
 
     def begin(self, plan: Plan) -> None:
-        """Deals the layers out: all of one layer go to one device, where its heads are multiplied."""
+        """Deals the layers out: all of one layer go to one device, where its heads are multiplied.
+
+        Every ring is told all of its steps now, in the plan's order: a step out of turn could take the slot that the
+        one waited for needs; and every device has something to copy while another's layer is under way."""
         self._files.begin(plan)
         self._device_of = [task.layer % len(self._rings) for task in plan.tasks]
+        for step in plan.steps:
+            self._ring(step).announce(step)
 
     def read(self, step: Step) -> tuple[Buffer | torch.Tensor, int]:
         if step.rows == 0:  # a whole small tensor, which the host decodes
@@ -181,7 +190,6 @@ class StagedReader:
 
     def ahead(self, step: Step) -> None:
         self._files.ahead(step)
-        self._ring(step).announce(step)
 
     def release(self, step: Step) -> None:
         if step.rows == 0:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmfp.architecture import AttentionMap
 from llmfp.checkpoint.live import LiveCheckpoint, is_sharded, why_unreadable
+from llmfp.device_sums import SumsRoom
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend
 from llmfp.marginals import Buffer
@@ -28,13 +30,22 @@ class TensorReader:
     block_bytes = 1
     min_threads = 1
 
-    def __init__(self, checkpoint: LiveCheckpoint, attention: AttentionMap, backend: Backend) -> None:
+    def __init__(
+        self, checkpoint: LiveCheckpoint, attention: AttentionMap, backend: Backend, sums_room: SumsRoom | None
+    ) -> None:
+        """sums_room: what a back end may take whose sums stay on its device; steps wait for each other only where all
+        of the model lies there, in order."""
         tensors = attention_tensors(checkpoint, attention)
         sharded = [tensor.numel() * tensor.element_size() for tensor in tensors if is_sharded(tensor)]
         resident = all(tensor.device.type == "cpu" for tensor in tensors)
         self._checkpoint, self._as_tensors = checkpoint, backend.takes_tensors
         self._gathered: tuple[int, torch.Tensor] | None = None
-        self.extra_bytes = max(sharded, default=0)
+        kind = str(getattr(backend, "device", "cpu")).partition(":")[0]
+        stay = not sharded and all(tensor.is_contiguous() and tensor.device.type == kind for tensor in tensors)
+        if sums_room is not None and not stay:
+            sums_room = replace(sums_room, launch_bytes=None)
+        self.sums_room = sums_room
+        self.extra_bytes = max(sharded, default=0) + (sums_room.kept_bytes if sums_room else 0)
         self.max_threads = 1 if sharded else None if resident else 2  # two keep a device busy: its tables, its kernels
         self.step_bytes = (8 if resident else 64) << 20
 
