@@ -76,6 +76,35 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         }
     };
 
+    // Sums of R rows: float32 ones of segments, and float64 ones of every SEGMENT_STEPS of those.
+    template <int R> struct RowSums {
+        Rows<R> second;
+        F64 wide[R][SUMS];
+        size_t depth = 0;
+        RowSums() {
+            second.clear();
+            for (auto &row : wide)
+                for (F64 &each : row) each = F64::zero();
+        }
+        LLMFP_INLINE void add(const Rows<R> &segment) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+                for (int k = 0; k < SUMS; k++) second.sum[r][k] = second.sum[r][k] + segment.sum[r][k];
+            if (++depth % SEGMENT_STEPS) return;
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < SUMS; k++) wide[r][k] = wide[r][k] + F64::widen(second.sum[r][k]);
+            second.clear();
+        }
+        // Their means and M2; whether all of them can be trusted.
+        bool finish(const Job &job, size_t row) const {
+            double total[R][SUMS];
+            for (int r = 0; r < R; r++)
+                for (int k = 0; k < SUMS; k++) total[r][k] = (wide[r][k] + F64::widen(second.sum[r][k])).sum();
+            return finish_rows<R>(job, row, total);
+        }
+    };
+
     // x of row r into all sums; those of columns are in `sum` and the like.
     struct Columns {
         F32 sum, square, wsum, wsquare, gain;
@@ -108,7 +137,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
 
     // One block of R rows. `data` is row 0's block; `ahead` is where to prefetch, relative to it.
     template <int R>
-    static LLMFP_INLINE void step(const unsigned char *data, size_t stride, size_t ahead, size_t column,
+    static LLMFP_INLINE void step(const unsigned char *data, size_t stride, ptrdiff_t ahead, size_t column,
                                   const Scratch &s, const float *row_weight, Rows<R> &rows, Max &max) {
         typename Source::Packed packed[R];
 #pragma GCC unroll 4
@@ -129,12 +158,12 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         }
     }
 
-    // Columns [column, column + 16 * vectors) of R staged rows, whose sums are added to `all_rows`. `ahead` is where what
-    // comes next is stored, relative to them.
+    // Columns [column, column + 16 * vectors) of R staged rows, a segment. `ahead` is where what comes next is stored,
+    // relative to them.
     template <int R, Kept KEPT, Scaling SCALING, bool LOOK>
     static __attribute__((noinline)) void staged(const Job &job, Spread spread, const Segment *segment, ptrdiff_t ahead,
                                                  size_t column, size_t vectors, const float *row_weight,
-                                                 Rows<R> &all_rows, Max &all_max) {
+                                                 RowSums<R> &sums, Max &all_max) {
         const Scratch s = job.scratch; // copies, which stores of sums cannot change
         const uint8_t *code[R];
         for (int r = 0; r < R; r++) code[r] = segment[r].code;
@@ -161,13 +190,12 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         for (; v + 4 <= vectors; v += 4) {
             for (int r = 0; r < R; r++) // the hardware does not foresee the next rows
                 __builtin_prefetch(segment[r].stored + ahead + v * step + (KEPT == Kept::WORDS ? 64 * r : 0), 0, 3);
-#pragma GCC unroll 4
+#pragma GCC unroll 1 // more, and sums no longer fit in registers
             for (size_t k = 0; k < 4; k++) add(v + k);
         }
         for (; v != vectors; v++) add(v);
         all_max.known.most = most;
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < SUMS; k++) all_rows.sum[r][k] = all_rows.sum[r][k] + rows.sum[r][k];
+        sums.add(rows);
     }
 
     // as(staged<...>) with what is known at run time.
@@ -190,8 +218,8 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
 
     // The same of rows that are yet to be laid out; n columns, at most a segment. What is stored at `next` comes next.
     template <int R>
-    static void segment_of(const Job &job, const Kind &kind, size_t row, size_t column, size_t n,
-                           const unsigned char *next, Rows<R> &rows, Max &max) {
+    static void lay_out(const Job &job, const Kind &kind, size_t row, size_t column, size_t n, const unsigned char *next,
+                        RowSums<R> &sums, Max &max) {
         Segment segment[R];
         const size_t vectors = (n + 15) / 16;
         bool look = false;
@@ -207,7 +235,7 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
             for (const Segment &each : segment) look |= may_exceed<L>(kind, each, vectors, max.known);
         const float *row_weight = job.row_weight + (W == Weighted::BY_ROW ? row : 0);
         auto as = [&](auto reduce) {
-            reduce(job, kind.spread, segment, next - segment->stored, column, vectors, row_weight, rows, max);
+            reduce(job, kind.spread, segment, next - segment->stored, column, vectors, row_weight, sums, max);
         };
         using S = Scaling;
         switch (kind.kept) {
@@ -221,97 +249,68 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         if (look) max.known.all = float_of(max.bits());
     }
 
-    // At most FOLD_ROWS staged rows, a segment of all of them at a time, so that the segment's column sums stay in the
-    // first-level cache. False if a row's sums cannot be trusted.
-    static bool staged_rows(const Job &job, size_t start, size_t stop, Max &max) {
-        constexpr int R = L::ROWS;
-        const Kind kind = kind_of(job);
-        Rows<R> second[FOLD_ROWS / R + R]; // a group's, or a single row's in the first place
-        F64 wide[FOLD_ROWS][SUMS];
-        const size_t groups = (stop - start) / R, alone = start + R * groups;
-        auto each_row = [&](auto f) { // f(row of the unit's, sums of it)
-            for (size_t g = 0; g < groups; g++)
-                for (int r = 0; r < R; r++) f(g * R + static_cast<size_t>(r), second[g].sum[r]);
-            for (size_t i = alone; i < stop; i++) f(i - start, second[groups + i - alone].sum[0]);
-        };
-        each_row([&](size_t i, F32 *sum) {
-            for (int k = 0; k < SUMS; k++) sum[k] = F32::zero(), wide[i][k] = F64::zero();
-        });
-        size_t depth = 0;
-        for (size_t column = 0, n; column < job.cols; column += n) {
-            n = smaller(job.cols - column, STAGE_COLS);
-            Kind now = kind;
-            if (n < 16) now.kept = Kept::FLOATS;
-            if (now.kept != Kept::FLOATS) n = n / 16 * 16; // the last columns become floats, with zeros behind them
-            now.spread = spread_of(job.coding, job.first_col + column, n);
-            const auto *below = stored_at(job, stop, 0), *beside = stored_at(job, start, column + n);
-            const auto *last = column + n < job.cols ? beside : below;
-            for (size_t i = start, g = 0; g < groups; i += R, g++) {
-                const auto *next = g + 1 < groups ? stored_at(job, i + R, column) : last;
-                segment_of<R>(job, now, i, column, n, next, second[g], max);
-            }
-            for (size_t i = alone; i < stop; i++) {
-                Rows<1> one;
-                Rows<R> &all = second[groups + i - alone];
-                for (int k = 0; k < SUMS; k++) one.sum[0][k] = all.sum[0][k];
-                segment_of<1>(job, now, i, column, n, last, one, max);
-                for (int k = 0; k < SUMS; k++) all.sum[0][k] = one.sum[0][k];
-            }
-            fold(job, column, (n + 15) / 16 * 16);
-            if (++depth % SEGMENT_STEPS == 0)
-                each_row([&](size_t i, F32 *sum) {
-                    for (int k = 0; k < SUMS; k++)
-                        wide[i][k] = wide[i][k] + F64::widen(sum[k]), sum[k] = F32::zero();
-                });
-        }
-        bool good = true;
-        each_row([&](size_t i, F32 *sum) {
-            double total[1][SUMS];
-            for (int k = 0; k < SUMS; k++) total[0][k] = (wide[i][k] + F64::widen(sum[k])).sum();
-            good &= finish_rows<1>(job, start + i, total);
-        });
-        return good;
-    }
-
-    // R rows from first to last column; adds to the column sums, returns the rows' sums in `total`.
+    // Columns [column, column + n) of R rows as they are stored. What is stored at `next` comes next.
     template <int R>
-    static void row_group(const Job &job, size_t row, const float *row_weight, Max &all_max, double (*total)[SUMS]) {
+    static void as_stored(const Job &job, size_t row, size_t column, size_t n, const unsigned char *next,
+                          RowSums<R> &sums, Max &all_max) {
         const unsigned char *data = job.data + row * job.row_stride;
-        const size_t full = job.cols / BLOCK * BLOCK, stride = job.row_stride, ahead = R * stride;
-        const Scratch &s = job.scratch;
+        const size_t stop = column + n, full = smaller(stop, job.cols / BLOCK * BLOCK), stride = job.row_stride;
+        const ptrdiff_t ahead = next - (data + column * ITEM);
+        const float *row_weight = job.row_weight + (W == Weighted::BY_ROW ? row : 0);
+        const Scratch s = job.scratch; // a copy, which stores of sums cannot change
         Max max = all_max;
-        Rows<R> rows, second;
-        F64 wide[R][SUMS];
-        second.clear();
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < SUMS; k++) wide[r][k] = F64::zero();
-        size_t column = 0, depth = 0;
-        while (column < job.cols) {
+        Rows<R> rows;
+        while (column < stop) {
             rows.clear();
             if (column < full) {
-                const size_t stop = smaller(full, column + SEGMENT);
-                for (; column < stop; column += BLOCK)
+                for (const size_t end = smaller(full, column + SEGMENT); column < end; column += BLOCK)
                     step<R>(data + column * ITEM, stride, ahead, column, s, row_weight, rows, max);
             } else { // the last columns, with zeros behind them
                 alignas(64) unsigned char tail[R][BLOCK * ITEM];
                 memset(tail, 0, sizeof tail);
-                for (int r = 0; r < R; r++) memcpy(tail[r], data + r * stride + full * ITEM, (job.cols - full) * ITEM);
+                for (int r = 0; r < R; r++) memcpy(tail[r], data + r * stride + full * ITEM, (stop - full) * ITEM);
                 step<R>(tail[0], BLOCK * ITEM, 0, full, s, row_weight, rows, max);
-                column = job.cols;
+                column = stop;
             }
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-                for (int k = 0; k < SUMS; k++) second.sum[r][k] = second.sum[r][k] + rows.sum[r][k];
-            if (++depth % SEGMENT_STEPS == 0) {
-                for (int r = 0; r < R; r++)
-                    for (int k = 0; k < SUMS; k++) wide[r][k] = wide[r][k] + F64::widen(second.sum[r][k]);
-                second.clear();
-            }
+            sums.add(rows);
         }
-        for (int r = 0; r < R; r++)
-            for (int k = 0; k < SUMS; k++) total[r][k] = (wide[r][k] + F64::widen(second.sum[r][k])).sum();
         all_max = max;
+    }
+
+    // At most FOLD_ROWS rows, staged ones a segment of all of them at a time, so that the segment's column sums stay in the
+    // first-level cache. False if a row's sums cannot be trusted.
+    static bool band(const Job &job, size_t start, size_t stop, Max &max) {
+        constexpr int R = L::ROWS;
+        constexpr size_t ROUND = STAGED ? 16 : BLOCK;
+        RowSums<R> groups[FOLD_ROWS / R];
+        RowSums<1> alone[R];
+        const size_t together = start + (stop - start) / R * R;
+        Kind kind = {};
+        if constexpr (STAGED) kind = kind_of(job);
+        const Kept kept = kind.kept;
+        for (size_t column = 0, n; column < job.cols; column += n) {
+            n = STAGED ? smaller(job.cols - column, STAGE_COLS) : job.cols;
+            if constexpr (STAGED) {
+                kind.kept = n < 16 ? Kept::FLOATS : kept;
+                if (kind.kept != Kept::FLOATS) n = n / 16 * 16; // the last columns become floats, with zeros behind them
+                kind.spread = spread_of(job.coding, job.first_col + column, n);
+            }
+            const bool last = column + n == job.cols;
+            auto reduce = [&](size_t i, size_t after, auto &sums) {
+                const auto *next = after < stop ? stored_at(job, after, column)
+                                   : last       ? stored_at(job, stop, 0)
+                                                : stored_at(job, start, column + n);
+                if constexpr (STAGED) lay_out(job, kind, i, column, n, next, sums, max);
+                else as_stored(job, i, column, n, next, sums, max);
+            };
+            for (size_t i = start; i < together; i += R) reduce(i, i + R, groups[(i - start) / R]);
+            for (size_t i = together; i < stop; i++) reduce(i, i + 1, alone[i - together]);
+            fold(job, column, (n + ROUND - 1) / ROUND * ROUND);
+        }
+        bool good = true;
+        for (size_t i = start; i < together; i += R) good &= groups[(i - start) / R].finish(job, i);
+        for (size_t i = together; i < stop; i++) good &= alone[i - together].finish(job, i);
+        return good;
     }
 
     // Means and M2 of R rows from their sums; whether all of them can be trusted.
@@ -464,26 +463,9 @@ template <class L, Dtype D, Weighted W, bool STAGED> struct Fast {
         for (int k = 0; k < COLUMN_SUMS; k++) memset(s.fast[k], 0, 4 * n), memset(s.sum[k], 0, 8 * n);
         if (job.cross) memset(s.sum[2], 0, 8 * n);
         Max max;
-        [[maybe_unused]] constexpr int R = L::ROWS;
         for (size_t start = row; start < row + rows; start += FOLD_ROWS) {
             const size_t stop = smaller(row + rows, start + FOLD_ROWS);
-            bool good = true;
-            if constexpr (STAGED) {
-                good = staged_rows(job, start, stop, max);
-            } else {
-                size_t i = start;
-                double total[R][SUMS];
-                for (; i + R <= stop; i += R) {
-                    row_group<R>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
-                    good &= finish_rows<R>(job, i, total);
-                }
-                for (; i < stop; i++) {
-                    row_group<1>(job, i, job.row_weight + (W == Weighted::BY_ROW ? i : 0), max, total);
-                    good &= finish_rows<1>(job, i, total);
-                }
-            }
-            if (!good) return false;
-            if constexpr (!STAGED) fold(job, 0, padded(job.cols));
+            if (!band(job, start, stop, max)) return false;
             if (job.cross) cross(job, start, stop - start);
         }
         const Bits<D> most = max.bits();
