@@ -175,17 +175,22 @@ typedef float Floats __attribute__((vector_size(64), may_alias));
             }                                                                                                          \
     }
 
-double ceiling_sums(const Floats *rows, const Floats *gain, int weighted, uint64_t repetitions) {
-    const Floats zero = {0};
-    Floats sum[32] = {{0}}, square[32] = {{0}}, row[4], row_square[4], weighted_row[4], weighted_square[4];
-    Floats all_rows[4] = {{0}};
+double ceiling_sums(const Floats *given_rows, const Floats *given_gain, int weighted, uint64_t repetitions) {
+    /* Laid out here: loads that a page's length and a little more lie behind a store would wait for it, by chance. */
+    struct {
+        Floats rows[4 * 32], gain[32], sum[32], square[32];
+    } __attribute__((aligned(4096))) at = {0};
+    const Floats zero = {0}, *const rows = at.rows, *const gain = at.gain;
+    Floats *const sum = at.sum, *const square = at.square;
+    Floats row[4], row_square[4], weighted_row[4], weighted_square[4], all_rows[4] = {{0}};
     double total = 0;
+    memcpy(at.rows, given_rows, sizeof at.rows), memcpy(at.gain, given_gain, sizeof at.gain);
     if (weighted) {
         SUMS(1)
     } else {
         SUMS(0)
     }
-    __asm__ volatile("" : : "m"(all_rows), "m"(sum)); /* every sum is wanted */
+    __asm__ volatile("" : : "m"(all_rows), "m"(at)); /* every sum is wanted */
     return total;
 }
 
