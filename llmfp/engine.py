@@ -241,9 +241,7 @@ class _Scan:
             chunks = [self._chunk(task, p, step, data, position, first, decoder) for p in task.projections]
             parts: list[Marginals] = []
             full: list[Kept] = []
-            # Parts that are pooled are wanted at once.
-            at_once = self._sums is None or any(chunk.col_runs > 1 for chunk in chunks)
-            if self._sums is None or at_once:
+            if self._sums is None or any(chunk.col_runs > 1 for chunk in chunks):  # what is pooled is wanted at once
                 parts = [column_runs.marginals(self.backend, chunk) for chunk in chunks]
             else:
                 full = self._sums.add(number, chunks)
@@ -260,7 +258,7 @@ class _Scan:
             self.bytes_done += step.nbytes
             self._before_second[step.task] -= 1
             wanted = self._before_second[step.task] == 0
-        if at_once:
+        if parts:
             self._merge(number, parts)
             return
         self._bring_back(full)

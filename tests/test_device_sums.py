@@ -29,6 +29,7 @@ from llmfp.plan import make_plan
 from llmfp.reader.pread_reader import PreadReader
 from llmfp.reader.staging import StagedReader
 from tests.checkpoints import build
+from tests.test_column_runs import twins
 from tests.test_triton_gpu import _load_kernels, chunk_of, launches
 
 torch = pytest.importorskip("torch")
@@ -130,10 +131,20 @@ class Lazy(TorchFallback):
         return [each.found for each in launched]
 
 
-def staged(path: Path, lazy: LazyDevice, room: SumsRoom, deep: bool = False) -> tuple[engine.Result, int]:
+class Patient(Lazy):
+    """One that is asked for some chunks at once, and waits for its device first."""
+
+    def marginals(self, chunk: Chunk) -> Marginals:
+        self.lazy.happen(self.lazy.mark())
+        return super(Lazy, self).marginals(chunk)
+
+
+def staged(
+    path: Path, lazy: LazyDevice, room: SumsRoom, deep: bool = False, kind: type[Lazy] = Lazy
+) -> tuple[engine.Result, int]:
     """A scan through the ring, and its steps."""
     checkpoint = open_checkpoint(path)
-    backend = Lazy(lazy)
+    backend = kind(lazy)
     assert isinstance(backend, Deferring)
     reader = StagedReader(PreadReader(checkpoint.shards), [lazy], 1 << 12, room)
     plan = make_plan(checkpoint, match(checkpoint), backend, threads=2, step_bytes=1 << 10, deep=deep)
@@ -166,6 +177,15 @@ def test_a_second_read_waits_once_a_layer(layout: str, tmp_path: Path) -> None:
     assert len(lazy.launched) == steps
     assert len([lot for lot in lazy.fetched if lot]) <= 4 + 1
     assert sum(lazy.fetched) == steps
+
+
+def test_runs_of_columns_are_pooled_at_once(tmp_path: Path) -> None:
+    """GPTQ of heads interleaved in one tensor: Q, K and V have runs of columns, the output projection has not."""
+    path = twins("gpt_neox", "gptq", "whole words")[0].write(tmp_path)
+    lazy = LazyDevice()
+    found, steps = staged(path, lazy, SumsRoom(1 << 30), kind=Patient)
+    assert found.digest == llmfp.scan(path, backend="torch_fallback").digest
+    assert 0 < len(lazy.launched) < steps
 
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2"])
