@@ -20,8 +20,8 @@ from bench.harness import Benchmark, Comparison, rounds, timed
 from bench.processes import checks_scan, launched, llmfp_fast
 from llmfp.architecture import Rotary
 from llmfp.circuits import SKETCH, Circuits
-from llmfp.engine import Statistics
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
+from llmfp.statistics import Statistics
 
 PLAIN, DEEP, GEMM = "llmfp-fast scan", "llmfp-fast scan --deep", "float32 matrix products of as many operations"
 MIB = 1 << 20

@@ -23,12 +23,12 @@ import pytest
 
 from bench.harness import Benchmark, Comparison, rounds, timed
 from bench.processes import launched, llmfp_fast
-from llmfp.engine import Statistics
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.registry import Origin, Registry, nearest
 from llmfp.registry.index import Index
 from llmfp.registry.nearest import SKETCH
 from llmfp.registry.store import open_store
+from llmfp.statistics import Statistics
 
 ROWS, TARGET = 100_000, 77_777
 GIB = 1 << 30

@@ -24,6 +24,7 @@ from llmfp.kernels import on as backend_on
 from llmfp.plan import DEFAULT_DEVICE_MEMORY, DEFAULT_MEMORY, Plan, make_plan
 from llmfp.reader import Reader, open_reader
 from llmfp.sample import CONFIDENCE
+from llmfp.statistics import Statistics
 
 if TYPE_CHECKING:
     import torch
@@ -340,7 +341,7 @@ def _fingerprint(plan: Plan, result: engine.Result, backend: Backend, reader: Re
     towers = {}
     for tower in plan.attention.towers:
         layers = tower.layers
-        columns: dict[str, list[engine.Statistics | None]] = {}
+        columns: dict[str, list[Statistics | None]] = {}
         for role in tower.roles:
             columns[role] = [result.statistics.get((tower.name, layer, role)) for layer in layers]
         towers[tower.name] = TowerFingerprint(

@@ -8,7 +8,6 @@ layer's statistics go into the digest and the memory back. Nothing here depends 
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from array import array
 from collections import Counter, defaultdict
@@ -17,17 +16,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from llmfp import column_runs
+from llmfp import column_runs, statistics
 from llmfp.architecture import NormGain, Projection, Role, Vector
 from llmfp.checkpoint import TensorSpec
 from llmfp.device_sums import DeviceSums, Kept
 from llmfp.encoding import decode_gain
 from llmfp.errors import CheckpointError
 from llmfp.kernels import Backend, Deferring, select
-from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, Moments, unit_rows
+from llmfp.marginals import Buffer, Chunk, Coding, LowRank, Marginals, unit_rows
 from llmfp.plan import Plan, Step, Task
 from llmfp.reader import Reader
-from llmfp.sample import SAMPLED, Blocks, interval
+from llmfp.sample import SAMPLED
+from llmfp.statistics import Statistics, doubles
 
 if TYPE_CHECKING:
     import torch
@@ -39,27 +39,6 @@ Progress = Callable[[int, int], None]
 
 _LOOK_AHEAD_BYTES = 32 << 20
 _PROGRESS_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """What is kept of one projection. mean and std are NaN when a value is not finite.
-
-    head_std  float64[heads], population std of each head's weights; None when the head size is unknown
-    residual  float16[hidden], log RMS of the effective weights along each residual coordinate; None for what neither
-              reads nor writes the residual stream: inner factors of latent attention, biases, gains
-    interval  in which σ of all elements lies with 95 % confidence, where `count` is a sample of them; None where it is
-              all of them. A sample has neither head_std nor residual
-    """
-
-    count: int
-    mean: float
-    std: float
-    abs_max: float
-    nonfinite: int
-    head_std: Buffer | None
-    residual: Buffer | None
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +178,7 @@ class _Scan:
                 if p.role.whole is not p.role:
                     part = kept.pop((task.tower, p.layer, str(p.role)))
                     parts[task.tower, p.layer, str(p.role.whole)].append((p.view.outputs * p.view.inputs, part))
-        return kept | {key: _joined(found) for key, found in parts.items()}
+        return kept | {key: statistics.joined(found) for key, found in parts.items()}
 
     def _take(self) -> int | None:
         with self.lock:
@@ -437,7 +416,7 @@ class _Scan:
             spec = gain.tensor
             stored = self._read_whole(spec)
             measured = self._measure(spec, stored)
-            finite = not any(statistics.nonfinite for statistics in measured.values())
+            finite = not any(each.nonfinite for each in measured.values())
             values = decode_gain(stored, spec.dtype, gain.offset) if finite else None
             with self.lock:
                 self._enter(measured)
@@ -461,24 +440,16 @@ class _Scan:
                 unit_rows=unit_rows(view.row_stride),
             )
             marginals = self._host.merge([self._host.marginals(chunk)])
-            total, count = self._host.pool(marginals.row, view.cols, view.rows), view.rows * view.cols
-            measured[tower, vector.layer, vector.role] = Statistics(
-                count=count,
-                mean=_doubles(total.mean)[0] + vector.offset,
-                std=math.sqrt(_doubles(total.m2)[0] / count),
-                abs_max=marginals.abs_max,
-                nonfinite=marginals.nonfinite,
-                head_std=None,
-                residual=None,
-            )
+            found = statistics.of_all(self._host, marginals, view.cols)
+            measured[tower, vector.layer, vector.role] = replace(found, mean=found.mean + vector.offset)
         return measured
 
     def _enter(self, measured: Mapping[tuple[str, int, str], Statistics]) -> None:
         """Keeps vectors' statistics; the caller holds the lock."""
         self._statistics.update(measured)
-        for (_, layer, role), statistics in measured.items():
-            if not math.isfinite(statistics.std):
-                self._caveats[f"{role} of layer {layer} holds {_unusable(statistics)}; its std is null"] = None
+        for (_, layer, role), found in measured.items():
+            if found.unusable:
+                self._caveats[f"{role} of layer {layer} holds {found.unusable}; its std is null"] = None
 
     def _finish(self, number: int, merged: Sequence[Marginals], second: Sequence[Marginals] | None) -> None:
         """The task's statistics; its marginals go to the ledger of its layer."""
@@ -486,72 +457,19 @@ class _Scan:
         for i, (projection, marginals) in enumerate(zip(task.projections, merged, strict=True)):
             key = (task.tower, projection.layer, str(projection.role))
             if self.plan.sample is not None:
-                statistics = self._estimate(projection, marginals, task.blocks)
+                found = statistics.of_sample(self.backend, projection, marginals, task.blocks)
             else:
-                statistics = self._summarise(projection, marginals, second[i] if second is not None else None)
+                gain = self._gains.get(projection.gain) if projection.gain is not None else None
+                again = second[i] if second is not None else None
+                found = statistics.of_projection(self.backend, projection, marginals, again, gain)
             with self.lock:
-                self._statistics[key] = statistics
-                if not math.isfinite(statistics.std):
+                self._statistics[key] = found
+                if found.unusable:
                     self._caveats[
-                        f"tensor {task.tensor.name!r} holds {_unusable(statistics)}; "
+                        f"tensor {task.tensor.name!r} holds {found.unusable}; "
                         f"the std of {projection.role} in layer {projection.layer} is null"
                     ] = None
             self._ledger.enter(key, marginals)
-
-    def _estimate(self, projection: Projection, marginals: Marginals, blocks: Blocks | None) -> Statistics:
-        """What the rows of a sample say of all rows."""
-        rows, cols = sum(marginals.counts), projection.view.all_cols
-        total = self.backend.pool(marginals.row, cols, rows)
-        around = None
-        if blocks is not None:
-            each = self.backend.pool(marginals.row, cols, blocks.rows)
-            around = interval(_doubles(each.mean), _doubles(each.m2), blocks.rows * cols, blocks.share)
-        return Statistics(
-            count=rows * cols,
-            mean=_doubles(total.mean)[0],
-            std=math.sqrt(_doubles(total.m2)[0] / (rows * cols)),
-            abs_max=marginals.abs_max,
-            nonfinite=marginals.nonfinite,
-            head_std=None,
-            residual=None,
-            interval=around,
-        )
-
-    def _summarise(self, projection: Projection, marginals: Marginals, second: Marginals | None) -> Statistics:
-        rows = sum(marginals.counts)
-        cols = projection.view.all_cols
-        total = self.backend.pool(marginals.row, cols, rows)
-        by_rows = projection.residual_is_stored_rows
-        along, count = (marginals.row, cols) if by_rows else (marginals.col, rows)
-        across, heads_count, heads_size = (marginals.col, rows, cols) if by_rows else (marginals.row, cols, rows)
-        head_std = None
-        if projection.head_dim is not None and heads_size % projection.head_dim == 0:
-            pooled = self.backend.pool(across, heads_count, projection.head_dim)
-            per_head = heads_count * projection.head_dim
-            head_std = memoryview(array("d", (math.sqrt(m2 / per_head) for m2 in _doubles(pooled.m2)))).cast("B")
-        cross, centre_square, residual = marginals.cross, 0.0, None
-        if projection.centred:
-            weighted = marginals.weighted_col if by_rows else marginals.weighted_row
-            centres = (weighted or across).mean
-            centre_square = self._mean_square(centres, heads_size)
-            if second is not None and second.weighted_row is not None:
-                cross = second.weighted_row.mean
-        gain = self._gains.get(projection.gain) if projection.gain is not None else None
-        if projection.residual_size is not None:
-            residual = self.backend.log_rms(along, count, gain, cross, centre_square)
-        return Statistics(
-            count=rows * cols,
-            mean=_doubles(total.mean)[0],
-            std=math.sqrt(_doubles(total.m2)[0] / (rows * cols)),
-            abs_max=marginals.abs_max,
-            nonfinite=marginals.nonfinite,
-            head_std=head_std,
-            residual=residual,
-        )
-
-    def _mean_square(self, values: Buffer, size: int) -> float:
-        pooled = self.backend.pool(Moments(values, bytes(8 * size)), 1, size)
-        return _doubles(pooled.m2)[0] / size + _doubles(pooled.mean)[0] ** 2
 
     def _read_whole(self, spec: TensorSpec) -> bytes:
         step = Step(0, 0, 0, 0, spec.shard, spec.offset_bytes, spec.nbytes, False)
@@ -620,7 +538,7 @@ class _Pass:
         with self._lock:
             if projection not in self._means:
                 marginals = self.merged[projection]
-                means = _doubles((marginals.weighted_col or marginals.col).mean)
+                means = doubles((marginals.weighted_col or marginals.col).mean)
                 self._means[projection] = memoryview(array("f", (len(means) * mean for mean in means))).cast("B")
             return self._means[projection]
 
@@ -668,38 +586,4 @@ def _indistinct(plan: Plan) -> list[str]:
     ]
 
 
-def _joined(parts: Sequence[tuple[int, Statistics]]) -> Statistics:
-    """Statistics of several parts, of so many elements each, as one (Chan 1979); without those of heads.
-
-    Of samples, the interval is the one in which σ lies if every part's lies at the same end of its own, the widest."""
-    total = sum(size for size, _ in parts)
-    mean = sum(size / total * part.mean for size, part in parts)
-
-    def whole(stds: Sequence[float]) -> float:
-        each = zip(parts, stds, strict=True)
-        return math.sqrt(sum(size / total * (std**2 + (part.mean - mean) ** 2) for (size, part), std in each))
-
-    ends = [part.interval or (part.std, part.std) for _, part in parts]
-    low, high = (whole(end) for end in zip(*ends, strict=True))
-    return Statistics(
-        count=sum(part.count for _, part in parts),
-        mean=mean,
-        std=whole([part.std for _, part in parts]),
-        abs_max=max(part.abs_max for _, part in parts),
-        nonfinite=sum(part.nonfinite for _, part in parts),
-        head_std=None,
-        residual=None,
-        interval=(low, high) if any(part.interval for _, part in parts) else None,
-    )
-
-
-def _unusable(statistics: Statistics) -> str:
-    """What a tensor holds that leaves it without a finite std."""
-    return f"{statistics.nonfinite} non-finite values" if statistics.nonfinite else "too large values"
-
-
-def _doubles(data: Buffer) -> memoryview[float]:
-    return memoryview(data).cast("B").cast("d")
-
-
-__all__ = ["Progress", "Result", "Statistics", "run"]
+__all__ = ["Progress", "Result", "run"]

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmfp.architecture.specs import ROLES, Rotary
 from llmfp.checkpoint import strict_json
-from llmfp.engine import Statistics
 from llmfp.errors import CheckpointError, FingerprintError
+from llmfp.statistics import Statistics
 
 if TYPE_CHECKING:
     import numpy as np

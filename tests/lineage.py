@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from llmfp.architecture import Rotary
 from llmfp.circuits import Circuits
-from llmfp.engine import Statistics
 from llmfp.fingerprint import Fingerprint, TowerFingerprint
 from llmfp.kernels.codes import fp8_table
+from llmfp.statistics import Statistics
 from tests.checkpoints import Stored, as_bf16, write_model
 
 Float64 = NDArray[np.float64]

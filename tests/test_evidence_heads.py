@@ -16,11 +16,11 @@ import pytest
 
 import llmfp
 from llmfp.circuits import SKETCH
-from llmfp.engine import Statistics
 from llmfp.evidence import heads
 from llmfp.evidence.heads import Heads, head_symmetry
 from llmfp.evidence.verdict import Missing
 from llmfp.fingerprint import TowerFingerprint
+from llmfp.statistics import Statistics
 from tests.lineage import KS_LIMIT, Float64, circuits_of, fingerprint_of, ks_distance, tower_of
 
 Layers = list[dict[str, Float64]]

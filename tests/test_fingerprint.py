@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 import llmfp
-from llmfp.engine import Statistics
 from llmfp.errors import FingerprintError
 from llmfp.fingerprint import SCHEMA, Fingerprint, TowerFingerprint, write_whole
 from llmfp.report.terminal import fingerprint_table
+from llmfp.statistics import Statistics
 from tests.checkpoints import BACKEND, build, safetensors_bytes
 
 RUN = {
