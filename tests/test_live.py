@@ -214,6 +214,7 @@ def test_a_model_sharded_over_processes_is_the_whole_model(tmp_path: Path) -> No
     assert said == [[llmfp.scan(path).digest, "1"]] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # hqq's, where it is installed
 def test_the_trainer_callback_logs_the_drift(tmp_path: Path) -> None:
     """In transformers' own Trainer, whose steps change nothing (a rate of zero); a callback scales Q of one layer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
