@@ -155,6 +155,8 @@ def test_an_organisation_killed_twenty_times_ends_at_the_same_digest(acme: Organ
         starter.stdin.close()
         starter.stdin = None
     assert 0 < len(kept) < MODELS
+    # A kill between the two leaves a whole fingerprint without its row, which is taken in as it is.
+    rowless = [each for each in Registry.open(where).verify() if each.reason.startswith("has no row")]
     acme.hub.forget()
     done = subprocess.run(
         [sys.executable, "-m", "llmfp", *arguments, "--json"], env=environment, capture_output=True, text=True
@@ -166,7 +168,8 @@ def test_an_organisation_killed_twenty_times_ends_at_the_same_digest(acme: Organ
     found = statuses(done.stdout)
     assert {repo for repo, _ in kept} <= set(found["skipped"])
     read = {re.sub("/resolve.*", "", each.path.lstrip("/")) for each in acme.hub.asked("resolve")}
-    assert read == set(found["done"]), "what was finished was read again"
+    assert read <= set(found["done"])
+    assert len(found["done"]) == len(read) + len(rowless), "what was finished was read again"
 
 
 # --- one model's trouble is its own
