@@ -8,7 +8,6 @@ is left behind.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ceilings
-from llmfp.hardware.machine import processor
+from llmfp.hardware.machine import processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = "llmfp.bench/1"
@@ -101,7 +100,13 @@ def claims(comparisons: Iterable[Json]) -> str:
 def store(suite: str, comparisons: list[Json], machine: Json) -> Path:
     path = RESULTS / f"{suite}-{machine['slug']}.json"
     RESULTS.mkdir(exist_ok=True)
-    record = {"schema": SCHEMA, "suite": suite, "machine": machine, "versions": versions(), "comparisons": comparisons}
+    record = {
+        "schema": SCHEMA,
+        "suite": suite,
+        "machine": machine,
+        "versions": {**versions(LIBRARIES), "commit": _commit()},
+        "comparisons": comparisons,
+    }
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
 
@@ -120,18 +125,6 @@ def describe_machine() -> Json:
         "load": round(os.getloadavg()[0], 1),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def versions() -> dict[str, str]:
-    from llmfp import __version__
-
-    found = {"llmfp": __version__, "commit": _commit(), "python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit() -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that every test file may use: the back ends, and the data beside the project."""
+"""Fixtures that every test file may use: the command line, the back ends, and the data beside the project."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llmfp.__main__ import main
 from llmfp.kernels import BACKENDS, Backend, load
 from tests import browser as browsers
 
@@ -22,6 +24,18 @@ _CHROMIUM = "chromium"
 def pytest_configure() -> None:
     if unknown := _required() - {*BACKENDS, _CHROMIUM}:
         raise pytest.UsageError(f"{REQUIRE} names unknown back ends: {', '.join(sorted(unknown))}")
+
+
+@pytest.fixture
+def run_main(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(params=BACKENDS)

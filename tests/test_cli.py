@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 
 import llmfp
-from llmfp.__main__ import main
 from llmfp.cli import COMMANDS, cli
 from llmfp.kernels import BACKENDS
 from llmfp.kernels import select as select_backend
@@ -36,18 +35,6 @@ LLMFP = [sys.executable, "-m", "llmfp"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("llama", layers=3).write(tmp_path_factory.mktemp("cli") / "small-llama")
-
-
-@pytest.fixture
-def run_main(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import llmfp
-from llmfp.__main__ import main
 from llmfp.errors import LlmfpError
 from llmfp.evidence import comparison
 from llmfp.fingerprint import Fingerprint
@@ -39,18 +38,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write(each, CONFIG, folder / name)
         llmfp.scan(folder / name, deep=True).save(folder / f"{name}.fp.safetensors")
     return folder
-
-
-@pytest.fixture
-def run_main(capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 # --- the contract ----------------------------------------------------------------------------------------------------
